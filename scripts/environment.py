@@ -1,4 +1,4 @@
-"""Builds the virtual environment that every make target runs in: creates it, installs one lock with hashes, installs the project.
+"""Builds the virtual environment that every make target runs in: one lock, with hashes, and the project.
 
 Only the standard library is used, and the first lines run under any Python, so that a machine with too old a Python is
 told so in a sentence. What is locked, and why, is in requirements/ and pyproject.toml, not here.
@@ -11,9 +11,9 @@ environment whose lock has changed is brought to the new lock exactly; what was 
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 (this file also runs under what it refuses)
     sys.exit(
-        "MarketSync needs Python 3.11 or newer; %s is %d.%d. Install one and run: make PYTHON=/path/to/python3.11 ..."
+        "MarketSync needs Python 3.11 or newer; %s is %d.%d. Install one and run: make PYTHON=/path/to/python3.11 ..."  # noqa: UP031
         % (sys.executable, sys.version_info[0], sys.version_info[1])
     )
 
@@ -44,11 +44,8 @@ def run(*command: str | Path) -> bool:
 def create(venv: Path) -> Path:
     """Makes sure that the environment exists with a working Python and pip; returns its Python."""
     python = venv / "bin" / "python"
-    works = (
-        python.exists()
-        and subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False).returncode
-        == 0
-    )
+    recent = "import sys; sys.exit(sys.version_info < (3, 11))"
+    works = python.exists() and subprocess.run([python, "-c", recent], check=False).returncode == 0
     if venv.exists() and not works:
         shutil.rmtree(venv)
     if not works:
@@ -57,7 +54,8 @@ def create(venv: Path) -> Path:
             shutil.rmtree(venv, ignore_errors=True)
             sys.exit(
                 f"Cannot create a virtual environment with {sys.executable}: {(made.stdout + made.stderr).strip()}\n"
-                "Install your system's venv package (python3-venv on Debian and Ubuntu), or run: make PYTHON=/path/to/python3 ..."
+                "Install your system's venv package (python3-venv on Debian and Ubuntu), "
+                "or run: make PYTHON=/path/to/python3 ..."
             )
     quiet = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
     if quiet.returncode != 0 and not run(python, "-m", "ensurepip", "--upgrade"):
@@ -101,6 +99,7 @@ def refresh(venv: Path, asked: str, *, project: bool) -> None:
         stamp.unlink(missing_ok=True)
         print(f"Installing requirements/{lock.name} into {venv.name} ...", file=sys.stderr)
         install(python, venv, lock)
+        stamp.write_text(json.dumps({**locked, "project": None}))
     if project:
         install_project(python)
     stamp.write_text(json.dumps({**locked, "project": installed}))
