@@ -43,7 +43,7 @@ check: env-test ## style, types, layers, documentation, and what must not be in 
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_tree.py
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/zensical build --strict
 
 format: env-test ## put imports and layout in order
 	$(BIN)/ruff check --fix
@@ -53,10 +53,10 @@ bench: env-test ## measure beside dlt and a plain loop (BENCH=w1,w3 chooses, QUI
 	$(BIN)/python -m benchmarks.run $(if $(BENCH),--only $(BENCH)) $(if $(QUICK),--quick) $(ARGS)
 
 docs: env-test ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 docs-serve: env-test ## read the documentation at http://127.0.0.1:8000
-	$(BIN)/mkdocs serve
+	$(BIN)/zensical serve
 
 server worker: export PREFECT_HOME ?= $(CURDIR)/.marketsync/prefect
 server: env-all ## a Prefect server at http://127.0.0.1:4200
@@ -70,5 +70,5 @@ lock: env-quickstart ## resolve requirements/*.txt again (UPGRADE=1 takes newer 
 	UPGRADE=$(UPGRADE) scripts/lock.sh
 
 clean: ## remove what the targets made, .venv too
-	rm -rf $(VENV) .venvs build site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache benchmarks/out
+	rm -rf $(VENV) .venvs build site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .cache benchmarks/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
