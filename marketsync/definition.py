@@ -64,7 +64,7 @@ class Basic(Model):
     """HTTP basic authentication."""
 
     user: str = Field(description="The user name; usually $secret.NAME.")
-    password: str = Field("", description="The password; usually $secret.NAME.")
+    password: str = Field(default="", description="The password; usually $secret.NAME.")
 
 
 class OAuth2(Model):
@@ -73,17 +73,17 @@ class OAuth2(Model):
     token_url: str = Field(description="Where a token is asked for (POST), absolute or below base_url.")
     client_id: str = Field(description="The client id; usually $secret.NAME.")
     client_secret: str = Field(description="The client secret; usually $secret.NAME.")
-    scope: str | None = Field(None, description="The scope to ask for, when the provider wants one.")
+    scope: str | None = Field(default=None, description="The scope to ask for, when the provider wants one.")
 
 
 class Auth(Model):
     """How a request proves who asks. Every value may hold $secret.NAME; none of them is ever logged."""
 
-    headers: dict[str, str] = Field({}, description="Headers added to every request.")
-    query: dict[str, str] = Field({}, description="Query parameters added to every request.")
-    body: dict[str, str] = Field({}, description="Fields added to the top level of every JSON body.")
-    basic: Basic | None = Field(None, description="HTTP basic authentication.")
-    oauth2: OAuth2 | None = Field(None, description="OAuth 2 client credentials.")
+    headers: dict[str, str] = Field(default={}, description="Headers added to every request.")
+    query: dict[str, str] = Field(default={}, description="Query parameters added to every request.")
+    body: dict[str, str] = Field(default={}, description="Fields added to the top level of every JSON body.")
+    basic: Basic | None = Field(default=None, description="HTTP basic authentication.")
+    oauth2: OAuth2 | None = Field(default=None, description="OAuth 2 client credentials.")
 
 
 class Request(Model):
@@ -92,18 +92,22 @@ class Request(Model):
     schema, comma separated), $dataset, $secret.NAME. A value that is one $name keeps its type; a query parameter or
     body field whose $name has no value is left out."""
 
-    method: Literal["GET", "POST"] = Field("GET", description="The HTTP method.")
-    path: str = Field("", description="The path below base_url, or an absolute URL on the same host.")
-    query: dict[str, str | int | float | bool] = Field({}, description="Query parameters.")
-    headers: dict[str, str] = Field({}, description="Headers of this dataset's requests.")
-    json_body: dict[str, Any] | None = Field(None, alias="json", description="A JSON body, nested as deep as needed.")
+    method: Literal["GET", "POST"] = Field(default="GET", description="The HTTP method.")
+    path: str = Field(default="", description="The path below base_url, or an absolute URL on the same host.")
+    query: dict[str, str | int | float | bool] = Field(default={}, description="Query parameters.")
+    headers: dict[str, str] = Field(default={}, description="Headers of this dataset's requests.")
+    json_body: dict[str, Any] | None = Field(
+        default=None, alias="json", description="A JSON body, nested as deep as needed."
+    )
     dates: str | None = Field(
-        None,
+        default=None,
         description="How $window and $session are written: a strftime pattern such as %Y%m%d, or iso, rfc3339, "
         "unix_s, unix_ms. Default: iso for datasets whose time is a date, rfc3339 otherwise.",
     )
-    timeout: SpanText = Field("30 seconds", description="How long an answer may take, and each wait for its bytes.")
-    weight: int = Field(1, ge=1, description="What one request costs of every limit.")
+    timeout: SpanText = Field(
+        default="30 seconds", description="How long an answer may take, and each wait for its bytes."
+    )
+    weight: int = Field(default=1, ge=1, description="What one request costs of every limit.")
 
 
 # ---------------------------------------------------------------- over
@@ -113,13 +117,15 @@ class Subjects(Model):
     """Where the values of one name of `over` come from, and how many go into one request."""
 
     universe: str | None = Field(
-        None, description="$plan (the universe of the plan that syncs this dataset) or the name of a universe."
+        default=None, description="$plan (the universe of the plan that syncs this dataset) or the name of a universe."
     )
-    list: tuple[str, ...] | None = Field(None, description="The values themselves.")
-    rows: str | None = Field(None, description="Another dataset (provider.dataset) whose rows hold the values.")
-    column: str | None = Field(None, description="With `rows`: the column that holds them. Default: the same name.")
-    batch: int = Field(1, ge=1, description="How many values go into one request.")
-    join: str = Field(",", description="What stands between the values of one request.")
+    list: tuple[str, ...] | None = Field(default=None, description="The values themselves.")
+    rows: str | None = Field(default=None, description="Another dataset (provider.dataset) whose rows hold the values.")
+    column: str | None = Field(
+        default=None, description="With `rows`: the column that holds them. Default: the same name."
+    )
+    batch: int = Field(default=1, ge=1, description="How many values go into one request.")
+    join: str = Field(default=",", description="What stands between the values of one request.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -133,7 +139,7 @@ class Window(Model):
 
     every: SpanText = Field(description="The length: N minutes, hours, days, weeks, months or years.")
     whole: bool | None = Field(
-        None,
+        default=None,
         description="True where one request always answers for its whole window (a file by year); False where it can "
         "be asked for a part. Default: False when the request uses $window.start, $window.end or $window.last.",
     )
@@ -158,13 +164,13 @@ class Over(Model):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, Annotated[Subjects, BeforeValidator(_as_subjects)]]
+    __pydantic_extra__: dict[str, Annotated[Subjects, BeforeValidator(_as_subjects)]]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     window: Annotated[Window | None, BeforeValidator(_as_window)] = Field(
-        None, description="Cut time into windows of this length (5 years; 1 month; 7 days)."
+        default=None, description="Cut time into windows of this length (5 years; 1 month; 7 days)."
     )
     session: str | None = Field(
-        None, description="One request a trading session of this calendar (XNYS, XSHG, 24/7 ...), as $session."
+        default=None, description="One request a trading session of this calendar (XNYS, XSHG, 24/7 ...), as $session."
     )
 
     @property
@@ -194,31 +200,39 @@ class Page(Model):
     halved and asked again.
     """
 
-    offset: str | None = Field(None, description="Style offset: the parameter that says how many rows to skip.")
-    page: str | None = Field(None, description="Style page number: the parameter that says which page.")
+    offset: str | None = Field(default=None, description="Style offset: the parameter that says how many rows to skip.")
+    page: str | None = Field(default=None, description="Style page number: the parameter that says which page.")
     token: str | None = Field(
-        None, description="Style token: where the answer holds the next token (a body path, or $header.NAME)."
+        default=None, description="Style token: where the answer holds the next token (a body path, or $header.NAME)."
     )
     next_url: str | None = Field(
-        None, description="Style next URL: where the answer holds the next page's URL. Its host must be base_url's."
+        default=None,
+        description="Style next URL: where the answer holds the next page's URL. Its host must be base_url's.",
     )
     after: str | None = Field(
-        None,
+        default=None,
         description="Style last key: the column whose greatest value is sent to ask for what comes after it "
         "(a time column: paging by time).",
     )
-    send: str | None = Field(None, description="The parameter that the token or the last key is sent in.")
+    send: str | None = Field(default=None, description="The parameter that the token or the last key is sent in.")
     where: Literal["query", "body", "params"] = Field(
-        "query", description="Where paging parameters go: the query, the JSON body, or the object `params` in it."
+        default="query",
+        description="Where paging parameters go: the query, the JSON body, or the object `params` in it.",
     )
-    limit: str | None = Field(None, description="The parameter that asks for `size` rows a page.")
-    size: int | None = Field(None, ge=1, description="How many rows a page is asked to hold.")
-    first: int = Field(1, description="Style page number: the number of the first page.")
-    step: int = Field(0, description="Style last key: added to the value (1 where the provider would repeat the row).")
-    more: str | None = Field(None, description="Body path of a flag that says that more follows (has_more).")
-    count: str | None = Field(None, description="Body path of the total number of rows (or of pages, with `page`).")
-    cap: int | None = Field(None, ge=1, description="The most rows the provider puts into one answer.")
-    split: bool = Field(True, description="Halve the window when a full page has no continuation (needs `cap`).")
+    limit: str | None = Field(default=None, description="The parameter that asks for `size` rows a page.")
+    size: int | None = Field(default=None, ge=1, description="How many rows a page is asked to hold.")
+    first: int = Field(default=1, description="Style page number: the number of the first page.")
+    step: int = Field(
+        default=0, description="Style last key: added to the value (1 where the provider would repeat the row)."
+    )
+    more: str | None = Field(default=None, description="Body path of a flag that says that more follows (has_more).")
+    count: str | None = Field(
+        default=None, description="Body path of the total number of rows (or of pages, with `page`)."
+    )
+    cap: int | None = Field(default=None, ge=1, description="The most rows the provider puts into one answer.")
+    split: bool = Field(
+        default=True, description="Halve the window when a full page has no continuation (needs `cap`)."
+    )
 
     @property
     def style(self) -> str:
@@ -262,27 +276,30 @@ class Shape(StrEnum):
 class Response(Model):
     """How an answer becomes rows. The shape follows from the fields given, unless it is stated."""
 
-    format: Format = Field(Format.JSON, description="json or csv.")
+    format: Format = Field(default=Format.JSON, description="json or csv.")
     rows: str = Field(
-        "",
+        default="",
         description="Path to the rows, names joined by dots (data.items); empty: the whole body. "
         "A path that ends in .* holds one list (or record) a key.",
     )
     columns: str | None = Field(
-        None, description="Shape table: path to the names (a list of texts, or of objects with a name)."
+        default=None, description="Shape table: path to the names (a list of texts, or of objects with a name)."
     )
-    names: tuple[str, ...] | None = Field(None, description="Shape arrays, or CSV without header: the names, in order.")
-    key_as: str | None = Field(None, description="Shape keyed: the raw field that the key becomes (symbol).")
+    names: tuple[str, ...] | None = Field(
+        default=None, description="Shape arrays, or CSV without header: the names, in order."
+    )
+    key_as: str | None = Field(default=None, description="Shape keyed: the raw field that the key becomes (symbol).")
     shape: Shape | None = Field(
-        None, description="records, table, keyed, columns or arrays; found by itself if left out."
+        default=None, description="records, table, keyed, columns or arrays; found by itself if left out."
     )
-    header: bool = Field(True, description="CSV: whether the first line names the columns.")
-    delimiter: str = Field(",", min_length=1, max_length=1, description="CSV: what stands between values.")
-    quote: str = Field('"', max_length=1, description="CSV: the quote character.")
-    skip_lines: int = Field(0, ge=0, description="CSV: lines to pass over before the header or the first row.")
-    encoding: Literal["utf-8", "latin-1", "gbk"] = Field("utf-8", description="How text is encoded.")
+    header: bool = Field(default=True, description="CSV: whether the first line names the columns.")
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="CSV: what stands between values.")
+    quote: str = Field(default='"', max_length=1, description="CSV: the quote character.")
+    skip_lines: int = Field(default=0, ge=0, description="CSV: lines to pass over before the header or the first row.")
+    encoding: Literal["utf-8", "latin-1", "gbk"] = Field(default="utf-8", description="How text is encoded.")
     unpack: Literal["none", "gzip", "zip", "auto"] = Field(
-        "auto", description="What the body is packed in beneath HTTP's own compression; auto looks at its first bytes."
+        default="auto",
+        description="What the body is packed in beneath HTTP's own compression; auto looks at its first bytes.",
     )
 
     @property
@@ -337,16 +354,20 @@ class When(Model):
     """What an answer must look like for a rule to apply: all that is given must hold."""
 
     status: Annotated[tuple[int | str, ...], BeforeValidator(_as_list)] = Field(
-        (), description="HTTP status, or a list of them; 5xx stands for the class."
+        default=(), description="HTTP status, or a list of them; 5xx stands for the class."
     )
-    header: dict[str, Regex] = Field({}, description="Header name to a regular expression that its value must match.")
+    header: dict[str, Regex] = Field(
+        default={}, description="Header name to a regular expression that its value must match."
+    )
     path: dict[str, str | int | bool | list[str | int] | None] = Field(
-        {},
+        default={},
         description="Body path to the value it must have, a list of values, or /text/ for a regular expression; "
         "null means that it is absent or null.",
     )
-    body: Regex | None = Field(None, description="A regular expression found in the body's first 64 KiB.")
-    content_type: Regex | None = Field(None, description="A regular expression that the content type must match.")
+    body: Regex | None = Field(default=None, description="A regular expression found in the body's first 64 KiB.")
+    content_type: Regex | None = Field(
+        default=None, description="A regular expression that the content type must match."
+    )
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -364,18 +385,20 @@ class Fault(Model):
     when: When = Field(description="What the answer looks like.")
     then: Verdict = Field(description="The verdict.")
     wait: str | None = Field(
-        None,
+        default=None,
         description="cool_down and quota: how long. $header.NAME (seconds, an HTTP date or Unix time), $match.1 (a "
         "group of the regular expression: seconds, or with `unit` that unit), or a span such as 60 seconds. "
         "quota without wait: until the quota's reset.",
     )
-    unit: Literal["second", "minute", "hour"] = Field("second", description="The unit of $match.")
+    unit: Literal["second", "minute", "hour"] = Field(default="second", description="The unit of $match.")
     limit: str | None = Field(
-        None,
+        default=None,
         description="$match.N: the number in the message is the real limit for `per`; it is learned for this run.",
     )
-    per: SpanText | None = Field(None, description="cool_down, quota: the window that is spent (minute, hour, day).")
-    say: str | None = Field(None, description="Body path of the provider's own words for the report (message).")
+    per: SpanText | None = Field(
+        default=None, description="cool_down, quota: the window that is spent (minute, hour, day)."
+    )
+    say: str | None = Field(default=None, description="Body path of the provider's own words for the report (message).")
 
 
 # ---------------------------------------------------------------- limits
@@ -384,10 +407,12 @@ class Fault(Model):
 class Learn(Model):
     """Response headers that say how a limit stands; they only ever make us more careful."""
 
-    limit: str | None = Field(None, description="The header that holds the limit.")
-    remaining: str | None = Field(None, description="The header that holds what is left.")
-    used: str | None = Field(None, description="The header that holds what is used.")
-    reset: str | None = Field(None, description="The header that holds the reset (Unix seconds, or seconds to go).")
+    limit: str | None = Field(default=None, description="The header that holds the limit.")
+    remaining: str | None = Field(default=None, description="The header that holds what is left.")
+    used: str | None = Field(default=None, description="The header that holds what is used.")
+    reset: str | None = Field(
+        default=None, description="The header that holds the reset (Unix seconds, or seconds to go)."
+    )
 
 
 class Scope(StrEnum):
@@ -405,15 +430,17 @@ class Limit(Model):
     local time.
     """
 
-    requests: int | None = Field(None, ge=1, description="How many requests (or units of weight) in the window.")
-    per: SpanText | None = Field(None, description="The window: second, minute, 10 minutes, hour, day, month.")
-    resets: str | None = Field(
-        None, description="For day and month: when the quota starts anew, such as 00:00 Asia/Shanghai."
+    requests: int | None = Field(
+        default=None, ge=1, description="How many requests (or units of weight) in the window."
     )
-    concurrent: int | None = Field(None, ge=1, description="How many requests may be under way at once.")
-    scope: Scope = Field(Scope.ACCOUNT, description="provider, account or dataset: what is counted together.")
-    learn: Learn | None = Field(None, description="Response headers to learn from.")
-    tier: str | None = Field(None, description="The limit holds only for upstreams with this tier.")
+    per: SpanText | None = Field(default=None, description="The window: second, minute, 10 minutes, hour, day, month.")
+    resets: str | None = Field(
+        default=None, description="For day and month: when the quota starts anew, such as 00:00 Asia/Shanghai."
+    )
+    concurrent: int | None = Field(default=None, ge=1, description="How many requests may be under way at once.")
+    scope: Scope = Field(default=Scope.ACCOUNT, description="provider, account or dataset: what is counted together.")
+    learn: Learn | None = Field(default=None, description="Response headers to learn from.")
+    tier: str | None = Field(default=None, description="The limit holds only for upstreams with this tier.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -437,18 +464,20 @@ class Field_(Model):
     """One column: the raw field's name is the key in `schema`, the rest stands here (a bare type is short for it)."""
 
     type: ColumnType = Field(description="str, bool, i32, i64, u64, f32, f64, date, datetime or datetime_ns.")
-    as_: str | None = Field(None, alias="as", description="The column's name in the stores. Default: the raw name.")
-    value: str | None = Field(None, description="A value not in the answer: $symbol, $session or a text.")
+    as_: str | None = Field(
+        default=None, alias="as", description="The column's name in the stores. Default: the raw name."
+    )
+    value: str | None = Field(default=None, description="A value not in the answer: $symbol, $session or a text.")
     format: str | None = Field(
-        None,
+        default=None,
         description="How dates and times are written: a strptime pattern (%Y%m%d), iso, unix_s, unix_ms, unix_us, "
         "unix_ns, or unix_auto (by magnitude). Default: iso.",
     )
-    zone: ZoneText = Field("UTC", description="The zone of times written without one.")
-    nulls: tuple[str, ...] = Field((), description="Texts that stand for a missing value, such as '.'.")
-    required: bool = Field(False, description="Whether a row without it is set aside (key columns always are).")
-    scale: float | None = Field(None, description="Multiply numbers by this (0.0001 for prices x 10,000).")
-    description: str = Field("", description="What it is, and its unit.")
+    zone: ZoneText = Field(default="UTC", description="The zone of times written without one.")
+    nulls: tuple[str, ...] = Field(default=(), description="Texts that stand for a missing value, such as '.'.")
+    required: bool = Field(default=False, description="Whether a row without it is set aside (key columns always are).")
+    scale: float | None = Field(default=None, description="Multiply numbers by this (0.0001 for prices x 10,000).")
+    description: str = Field(default="", description="What it is, and its unit.")
 
 
 def _as_field(value: Any) -> Any:
@@ -463,35 +492,44 @@ FieldSpec = Annotated[Field_, BeforeValidator(_as_field)]
 class Dataset(Model):
     """One kind of rows: what to ask (over, request), how to continue (page), how to read (response, schema)."""
 
-    title: str = Field("", description="One line about it.")
-    over: Over = Field(Over(), description="What it is asked for, request by request.")
-    request: Request = Field(Request(), description="The request; what is left out comes from the definition's.")
-    page: Page = Field(Page(), description="How an answer is continued; replaces the definition's.")
-    response: Response = Field(Response(), description="How an answer becomes rows; replaces the definition's.")
+    title: str = Field(default="", description="One line about it.")
+    over: Over = Field(
+        default_factory=lambda: Over(window=None, session=None), description="What it is asked for, request by request."
+    )
+    request: Request = Field(
+        default=Request(), description="The request; what is left out comes from the definition's."
+    )
+    page: Page = Field(default=Page(), description="How an answer is continued; replaces the definition's.")
+    response: Response = Field(default=Response(), description="How an answer becomes rows; replaces the definition's.")
     schema_: dict[str, FieldSpec] = Field(alias="schema", description="Raw field to column.", min_length=1)
     key: tuple[str, ...] = Field(description="The columns that identify a row.", min_length=1)
     time: str | None = Field(
-        None, description="The column that windows and coverage go by. Default: the only date or datetime in the key."
+        default=None,
+        description="The column that windows and coverage go by. Default: the only date or datetime in the key.",
     )
     subject: str | None = Field(
-        None, description="The column that holds the subject. Default: the column named as the first name of `over`."
+        default=None,
+        description="The column that holds the subject. Default: the column named as the first name of `over`.",
     )
     frequency: Literal["session", "minute", "irregular"] = Field(
-        "irregular",
+        default="irregular",
         description="session: one row a session and subject; minute: bars within sessions; irregular: none expected.",
     )
-    calendar: str | None = Field(None, description="The trading calendar (ISO 10383: XNYS, XSHG; or 24/7).")
+    calendar: str | None = Field(default=None, description="The trading calendar (ISO 10383: XNYS, XSHG; or 24/7).")
     published: Annotated[str, AfterValidator(_publication_text)] | None = Field(
-        None, description="When a session's rows can be had: 30 minutes after close; 18:00 Asia/Shanghai."
+        default=None, description="When a session's rows can be had: 30 minutes after close; 18:00 Asia/Shanghai."
     )
-    settles: SpanText | None = Field(None, description="An answer asked before publication plus this is not final.")
-    restates: SpanText | None = Field(None, description="Rows this young are asked again every run.")
-    grace: SpanText = Field("3 days", description="Not published this long after publication: a hole.")
+    settles: SpanText | None = Field(
+        default=None, description="An answer asked before publication plus this is not final."
+    )
+    restates: SpanText | None = Field(default=None, description="Rows this young are asked again every run.")
+    grace: SpanText = Field(default="3 days", description="Not published this long after publication: a hole.")
     period: Period | None = Field(
-        None, description="How tables are partitioned. Default: year for dates and sessions, month for other times."
+        default=None,
+        description="How tables are partitioned. Default: year for dates and sessions, month for other times.",
     )
-    faults: tuple[Fault, ...] = Field((), description="Rules tried before the definition's.")
-    limits: tuple[Limit, ...] = Field((), description="Limits of this dataset, beside the definition's.")
+    faults: tuple[Fault, ...] = Field(default=(), description="Rules tried before the definition's.")
+    limits: tuple[Limit, ...] = Field(default=(), description="Limits of this dataset, beside the definition's.")
 
     @property
     def time_column(self) -> str | None:
@@ -592,16 +630,20 @@ class Definition(Model):
     """One provider: where it is, how to prove who asks, what it allows, how it says no, and its datasets."""
 
     provider: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The provider's short name.")
-    title: str = Field("", description="The provider's name for people.")
-    documentation: str = Field("", description="Where the provider documents its API.")
+    title: str = Field(default="", description="The provider's name for people.")
+    documentation: str = Field(default="", description="Where the provider documents its API.")
     base_url: str = Field(pattern=r"^https?://[^\s]+$", description="The URL that paths are below.")
-    auth: Auth = Field(Auth(), description="How a request proves who asks.")
-    request: Request = Field(Request(), description="Defaults for every dataset's request.")
-    page: Page = Field(Page(), description="Default for every dataset's page.")
-    response: Response = Field(Response(), description="Default for every dataset's response.")
-    limits: tuple[Limit, ...] = Field((), description="What the provider allows.")
-    faults: tuple[Fault, ...] = Field((), description="How the provider says no, tried in order; then built-in rules.")
-    attempts: int = Field(5, ge=1, le=20, description="How often a request with a passing fault is tried in all.")
+    auth: Auth = Field(default=Auth(), description="How a request proves who asks.")
+    request: Request = Field(default=Request(), description="Defaults for every dataset's request.")
+    page: Page = Field(default=Page(), description="Default for every dataset's page.")
+    response: Response = Field(default=Response(), description="Default for every dataset's response.")
+    limits: tuple[Limit, ...] = Field(default=(), description="What the provider allows.")
+    faults: tuple[Fault, ...] = Field(
+        default=(), description="How the provider says no, tried in order; then built-in rules."
+    )
+    attempts: int = Field(
+        default=5, ge=1, le=20, description="How often a request with a passing fault is tried in all."
+    )
     datasets: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Dataset] = Field(
         description="The datasets by name.", min_length=1
     )

@@ -17,20 +17,20 @@ class Link(Model):
     """Two or more stores that must agree."""
 
     stores: tuple[Name, ...] = Field(min_length=2, description="The stores, such as [mktsdb-01, mktsdb-02].")
-    datasets: tuple[str, ...] = Field((), description="Datasets to compare; empty: all that every store has.")
-    policy: Name = Field("default", description="The policy that says who wins.")
-    lag: SpanText = Field("1 day", description="Rows younger than this are not compared yet.")
+    datasets: tuple[str, ...] = Field(default=(), description="Datasets to compare; empty: all that every store has.")
+    policy: Name = Field(default="default", description="The policy that says who wins.")
+    lag: SpanText = Field(default="1 day", description="Rows younger than this are not compared yet.")
 
 
 class Policy(Model):
     """Who wins where stores differ, and what a repair may do."""
 
     winner: Literal["authority", "majority", "newest", "refetch"] = Field(
-        "majority", description="authority (the store named), majority, newest, or refetch from the provider."
+        default="majority", description="authority (the store named), majority, newest, or refetch from the provider."
     )
-    authority: Name | None = Field(None, description="With winner authority: the store that is right.")
-    delete: bool = Field(False, description="Whether a repair may delete rows that the winner does not have.")
-    max_changes: int = Field(10_000, ge=1, description="A repair that would change more rows asks first.")
+    authority: Name | None = Field(default=None, description="With winner authority: the store that is right.")
+    delete: bool = Field(default=False, description="Whether a repair may delete rows that the winner does not have.")
+    max_changes: int = Field(default=10_000, ge=1, description="A repair that would change more rows asks first.")
 
     @model_validator(mode="after")
     def _authority_named(self) -> Self:
@@ -42,27 +42,27 @@ class Policy(Model):
 class MaintenanceTuning(Model):
     """How hard comparison and repair work."""
 
-    threads: int = Field(2, ge=1, le=64, description="Spans compared at once.")
-    span: SpanText = Field("1 month", description="The span of one fingerprint.")
+    threads: int = Field(default=2, ge=1, le=64, description="Spans compared at once.")
+    span: SpanText = Field(default="1 month", description="The span of one fingerprint.")
 
 
 class Reporting(Model):
     """Where reports go."""
 
-    html: str | None = Field(None, description="A folder for HTML reports.")
-    slack: str | None = Field(None, description="A Slack channel; the token is $secret.SLACK_TOKEN.")
-    email: tuple[str, ...] = Field((), description="Addresses to mail reports to.")
-    only_findings: bool = Field(True, description="Whether to stay silent when nothing was found.")
+    html: str | None = Field(default=None, description="A folder for HTML reports.")
+    slack: str | None = Field(default=None, description="A Slack channel; the token is $secret.SLACK_TOKEN.")
+    email: tuple[str, ...] = Field(default=(), description="Addresses to mail reports to.")
+    only_findings: bool = Field(default=True, description="Whether to stay silent when nothing was found.")
 
 
 class Maintenance(Model):
     """The whole of maintenance.yml."""
 
     stores: dict[Name, Annotated[StoreSpec, BeforeValidator(_as_store)]] = Field(description="Stores by name.")
-    links: dict[Name, Link] = Field({}, description="Stores that must agree, by name.")
-    policies: dict[Name, Policy] = Field({"default": Policy()}, description="Policies by name.")
-    tuning: MaintenanceTuning = Field(MaintenanceTuning(), description="How hard to work.")
-    reporting: Reporting = Field(Reporting(), description="Where reports go.")
+    links: dict[Name, Link] = Field(default={}, description="Stores that must agree, by name.")
+    policies: dict[Name, Policy] = Field(default={"default": Policy()}, description="Policies by name.")
+    tuning: MaintenanceTuning = Field(default=MaintenanceTuning(), description="How hard to work.")
+    reporting: Reporting = Field(default=Reporting(), description="Where reports go.")
 
     @model_validator(mode="after")
     def _references(self) -> Self:

@@ -25,38 +25,46 @@ def _daily_text(text: str) -> str:
 class Tuning(Model):
     """How hard this machine works for an upstream; the provider's limits hold whatever stands here."""
 
-    threads: int = Field(4, ge=1, le=64, description="Requests under way at once in one process (4 to 10 is best).")
-    attempts: int | None = Field(None, ge=1, le=20, description="Overrides the definition's attempts.")
-    max_wait: SpanText = Field(
-        "10 minutes", description="A cool-down longer than this ends the provider's work for now (exit code 75)."
+    threads: int = Field(
+        default=4, ge=1, le=64, description="Requests under way at once in one process (4 to 10 is best)."
     )
-    back_off: SpanText = Field("1 second", description="The first pause after a passing fault; doubled each time.")
+    attempts: int | None = Field(default=None, ge=1, le=20, description="Overrides the definition's attempts.")
+    max_wait: SpanText = Field(
+        default="10 minutes",
+        description="A cool-down longer than this ends the provider's work for now (exit code 75).",
+    )
+    back_off: SpanText = Field(
+        default="1 second", description="The first pause after a passing fault; doubled each time."
+    )
 
 
 class Upstream(Model):
     """One account at one provider."""
 
     definition: str | None = Field(
-        None, description="A shipped definition's name, or the path of a file. Default: the upstream's own name."
+        default=None,
+        description="A shipped definition's name, or the path of a file. Default: the upstream's own name.",
     )
-    base_url: str | None = Field(None, description="Overrides the definition's base_url (a replica, a mirror).")
+    base_url: str | None = Field(default=None, description="Overrides the definition's base_url (a replica, a mirror).")
     account: str | None = Field(
-        None,
+        default=None,
         description="Limits are counted by this name: give two upstreams with one key the same. Default: the name.",
     )
-    tier: str | None = Field(None, description="Chooses among the definition's limits that name a tier.")
-    limits: tuple[Limit, ...] | None = Field(None, description="Replaces the definition's limits.")
-    tuning: Tuning = Field(Tuning(), description="Threads, attempts, waiting.")
+    tier: str | None = Field(default=None, description="Chooses among the definition's limits that name a tier.")
+    limits: tuple[Limit, ...] | None = Field(default=None, description="Replaces the definition's limits.")
+    tuning: Tuning = Field(default=Tuning(), description="Threads, attempts, waiting.")
 
 
 class Universe(Model):
     """A named list of subjects: written out, in a file (one a line, or a CSV column), or another dataset's rows."""
 
-    list: tuple[str, ...] | None = Field(None, description="The symbols themselves.")
-    file: str | None = Field(None, description="A text file with one symbol a line (# begins a comment), or a CSV.")
-    rows: str | None = Field(None, description="A dataset (provider.dataset) whose rows hold the symbols.")
-    column: str | None = Field(None, description="The CSV's or dataset's column. Default: symbol.")
-    where: dict[str, str] = Field({}, description="With `rows`: only rows whose columns have these values.")
+    list: tuple[str, ...] | None = Field(default=None, description="The symbols themselves.")
+    file: str | None = Field(
+        default=None, description="A text file with one symbol a line (# begins a comment), or a CSV."
+    )
+    rows: str | None = Field(default=None, description="A dataset (provider.dataset) whose rows hold the symbols.")
+    column: str | None = Field(default=None, description="The CSV's or dataset's column. Default: symbol.")
+    where: dict[str, str] = Field(default={}, description="With `rows`: only rows whose columns have these values.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -77,10 +85,10 @@ UniverseSpec = Annotated[Universe, BeforeValidator(_as_universe)]
 class MarketHours(Model):
     """What a user knows about a calendar that its library does not."""
 
-    holidays: tuple[date, ...] = Field((), description="Further days without a session.")
-    sessions: tuple[date, ...] = Field((), description="Further days with a session.")
+    holidays: tuple[date, ...] = Field(default=(), description="Further days without a session.")
+    sessions: tuple[date, ...] = Field(default=(), description="Further days with a session.")
     flush_after_close: SpanText | None = Field(
-        None, description="Streams seal what they hold this long after the close."
+        default=None, description="Streams seal what they hold this long after the close."
     )
 
 
@@ -99,25 +107,28 @@ def _as_store(value: Any) -> Any:
 class Segmenting(Model):
     """When the spool seals a segment: whichever comes first. Smaller segments repeat less after a crash."""
 
-    rows: int = Field(131_072, ge=1, description="Rows in a segment.")
-    bytes: int = Field(64 << 20, ge=1, description="Bytes in memory.")
-    requests: int = Field(50, ge=1, description="Requests whose rows are not sealed yet; at most these are repeated.")
-    seconds: float = Field(30, gt=0, description="Seconds since the segment's first row.")
+    rows: int = Field(default=131_072, ge=1, description="Rows in a segment.")
+    bytes: int = Field(default=64 << 20, ge=1, description="Bytes in memory.")
+    requests: int = Field(
+        default=50, ge=1, description="Requests whose rows are not sealed yet; at most these are repeated."
+    )
+    seconds: float = Field(default=30, gt=0, description="Seconds since the segment's first row.")
 
 
 class Budget(Model):
     """When failed units stop a provider's other work."""
 
-    in_a_row: int = Field(5, ge=1, description="Failed units one after another.")
-    share: float = Field(0.1, gt=0, le=1, description="Failed units as a share of all tried (from 20 on).")
+    in_a_row: int = Field(default=5, ge=1, description="Failed units one after another.")
+    share: float = Field(default=0.1, gt=0, le=1, description="Failed units as a share of all tried (from 20 on).")
 
 
 class Judge(Model):
     """What the run's judgement asks of the rows."""
 
-    missing: float = Field(0.0, ge=0, le=1, description="The share of expected sessions that may be missing.")
+    missing: float = Field(default=0.0, ge=0, le=1, description="The share of expected sessions that may be missing.")
     known_holes: str | None = Field(
-        None, description="A YAML file of explained holes: {SYMBOL: {DATE: reason}}; they are shown, not counted."
+        default=None,
+        description="A YAML file of explained holes: {SYMBOL: {DATE: reason}}; they are shown, not counted.",
     )
 
 
@@ -128,40 +139,46 @@ class Plan(Model):
         min_length=1, description="Datasets as upstream.dataset (alpaca.daily_bars)."
     )
     universe: str | Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(i) for i in v])] | None = Field(
-        None, description="What $plan stands for in `over`: the name of a universe, or a list."
+        default=None, description="What $plan stands for in `over`: the name of a universe, or a list."
     )
-    since: date | datetime | None = Field(None, description="The first day wanted.")
-    until: date | datetime | None = Field(None, description="The last day wanted, included. Default: until now.")
+    since: date | datetime | None = Field(default=None, description="The first day wanted.")
+    until: date | datetime | None = Field(
+        default=None, description="The last day wanted, included. Default: until now."
+    )
     stores: Annotated[tuple[Name, ...], BeforeValidator(lambda v: v if isinstance(v, list) else [v])] = Field(
-        ("default",), min_length=1, description="The stores that get every row."
+        default=("default",), min_length=1, description="The stores that get every row."
     )
-    priority: int = Field(0, description="Plans with a greater number run first; today's sessions come before all.")
-    schedule: str | None = Field(None, description="A cron expression for deployments, such as 0 19 * * 1-5.")
-    zone: str = Field("UTC", description="The time zone of `schedule`.")
+    priority: int = Field(
+        default=0, description="Plans with a greater number run first; today's sessions come before all."
+    )
+    schedule: str | None = Field(default=None, description="A cron expression for deployments, such as 0 19 * * 1-5.")
+    zone: str = Field(default="UTC", description="The time zone of `schedule`.")
     fresh_by: Annotated[str, AfterValidator(_daily_text)] | None = Field(
-        None, description="The promise: a session's rows are there by this time, such as 19:00 America/New_York."
+        default=None,
+        description="The promise: a session's rows are there by this time, such as 19:00 America/New_York.",
     )
-    segment: Segmenting = Field(Segmenting(), description="When the spool seals a segment.")
-    budget: Budget = Field(Budget(), description="When failures stop the rest.")
-    judge: Judge = Field(Judge(), description="What the judgement asks.")
-    tuning: dict[Literal["threads"], int] = Field({}, description="threads: overrides the upstream's.")
+    segment: Segmenting = Field(default=Segmenting(), description="When the spool seals a segment.")
+    budget: Budget = Field(default=Budget(), description="When failures stop the rest.")
+    judge: Judge = Field(default=Judge(), description="What the judgement asks.")
+    tuning: dict[Literal["threads"], int] = Field(default={}, description="threads: overrides the upstream's.")
 
 
 class Configuration(Model):
     """The whole of upstream.yml."""
 
-    state: str = Field(".marketsync", description="The folder of ledger, spool and limits, beside this file.")
+    state: str = Field(default=".marketsync", description="The folder of ledger, spool and limits, beside this file.")
     ledger: str | None = Field(
-        None, description="Default: SQLite in `state`. postgresql://user:$secret.PW@host/db for several machines."
+        default=None,
+        description="Default: SQLite in `state`. postgresql://user:$secret.PW@host/db for several machines.",
     )
-    maintenance: bool = Field(False, description="True stops every run at its next page, as a pause does.")
-    upstreams: dict[Name, Upstream | None] = Field({}, description="Accounts at providers, by name.")
-    market_hours: dict[str, MarketHours] = Field({}, description="Corrections to calendars, by calendar.")
-    universes: dict[Name, UniverseSpec] = Field({}, description="Named lists of subjects.")
+    maintenance: bool = Field(default=False, description="True stops every run at its next page, as a pause does.")
+    upstreams: dict[Name, Upstream | None] = Field(default={}, description="Accounts at providers, by name.")
+    market_hours: dict[str, MarketHours] = Field(default={}, description="Corrections to calendars, by calendar.")
+    universes: dict[Name, UniverseSpec] = Field(default={}, description="Named lists of subjects.")
     stores: dict[Name, Annotated[StoreSpec, BeforeValidator(_as_store)]] = Field(
-        {"default": StoreSpec(url="delta://./data")}, description="Stores by name: a URL each."
+        default={"default": StoreSpec(url="delta://./data")}, description="Stores by name: a URL each."
     )
-    plans: dict[Name, Plan] = Field({}, description="Plans by name.")
+    plans: dict[Name, Plan] = Field(default={}, description="Plans by name.")
 
     @model_validator(mode="after")
     def _references(self) -> Self:

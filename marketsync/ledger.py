@@ -1,0 +1,1274 @@
+"""The ledger: what was asked, answered, sealed and delivered, and what the user wants of each plan. SQLAlchemy Core.
+
+SQLite in WAL mode by default, PostgreSQL by URL. Only issued work is stored, never a row per possible partition. Every
+write of a worker is fenced by its lease's epoch. Rates and quotas are kept elsewhere (`providers/limits.py`); rows
+never come near the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+
+from marketsync.clock import Clock
+from marketsync.coverage import Answer, Covered, Interval, laid, touches
+from marketsync.errors import LeaseLost, MarketSyncError
+from marketsync.planning import Unit
+
+LEASE_SECONDS = 60.0
+_CHUNK = 400  # values in one IN (...): below every engine's limit on parameters
+
+
+class Instant(sa.TypeDecorator[datetime]):
+    """An instant as ISO text of fixed width in UTC: sorts as time, and a person can read it in the file."""
+
+    impl = sa.String(32)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> str | None:
+        return None if value is None else stamp(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> datetime | None:
+        return None if value is None else datetime.fromisoformat(value)
+
+
+def stamp(value: datetime) -> str:
+    """Write an instant as the ledger keeps it."""
+    return value.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+_schema = sa.MetaData()
+_store = sa.Table(
+    "store",
+    _schema,
+    sa.Column("store_id", sa.String(128), primary_key=True),
+    sa.Column("dataset", sa.String(128), primary_key=True),
+    sa.Column("url_redacted", sa.Text),
+    sa.Column("marker", sa.String(64)),
+)
+_dataset_version = sa.Table(
+    "dataset_version",
+    _schema,
+    sa.Column("dataset", sa.String(128), primary_key=True),
+    sa.Column("request_hash", sa.String(32), primary_key=True),
+    sa.Column("schema_hash", sa.String(32), primary_key=True),
+    sa.Column("columns", sa.Text),
+    sa.Column("first_used", Instant),
+)
+_coverage = sa.Table(
+    "coverage",
+    _schema,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("store_id", sa.String(128), nullable=False),
+    sa.Column("dataset", sa.String(128), nullable=False),
+    sa.Column("request_hash", sa.String(32), nullable=False),
+    sa.Column("subject", sa.String(255), nullable=False),
+    sa.Column("start", Instant, nullable=False),
+    sa.Column("end", Instant, nullable=False),
+    sa.Column("answer", sa.String(16), nullable=False),
+    sa.Column("final", sa.Boolean, nullable=False),
+    sa.Column("asked_at", Instant, nullable=False),
+    sa.Column("rows", sa.Integer),
+    sa.Column("work_id", sa.String(40)),
+    sa.Index("coverage_of", "store_id", "dataset", "subject", "start"),
+)
+_work = sa.Table(
+    "work",
+    _schema,
+    sa.Column("work_id", sa.String(40), primary_key=True),
+    sa.Column("run_id", sa.String(40)),
+    sa.Column("plan", sa.String(128), nullable=False),
+    sa.Column("dataset", sa.String(128), nullable=False),
+    sa.Column("request_hash", sa.String(32), nullable=False),
+    sa.Column("subjects", sa.Text, nullable=False),
+    sa.Column("unit", sa.Text, nullable=False),
+    sa.Column("start", Instant, nullable=False),
+    sa.Column("end", Instant, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("owner", sa.String(128)),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("lease_until", Instant),
+    sa.Column("cursor", sa.Text),
+    sa.Column("requests", sa.Integer, nullable=False, default=0),
+    sa.Column("rows", sa.Integer, nullable=False, default=0),
+    sa.Column("subject_rows", sa.Text),
+    sa.Column("restarted", sa.Boolean, nullable=False, default=False),
+    sa.Column("asked_at", Instant),
+    sa.Column("final_until", Instant),
+    sa.Column("resume_at", Instant),
+    sa.Column("label", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("changed_at", Instant),
+    sa.Index("work_of", "dataset", "state"),
+    sa.Index("work_run", "run_id"),
+)
+_segment = sa.Table(
+    "segment",
+    _schema,
+    sa.Column("segment_id", sa.String(80), primary_key=True),
+    sa.Column("run_id", sa.String(40)),
+    sa.Column("dataset", sa.String(128), nullable=False),
+    sa.Column("lane", sa.String(64), nullable=False),
+    sa.Column("seq", sa.Integer, nullable=False),
+    sa.Column("host", sa.String(255), nullable=False),
+    sa.Column("path", sa.Text),
+    sa.Column("rows", sa.Integer, nullable=False),
+    sa.Column("fetched", sa.Integer, nullable=False),
+    sa.Column("duplicates", sa.Integer, nullable=False),
+    sa.Column("quarantined", sa.Integer, nullable=False),
+    sa.Column("bytes", sa.Integer, nullable=False),
+    sa.Column("requests", sa.Integer, nullable=False),
+    sa.Column("key_min", sa.Text),
+    sa.Column("key_max", sa.Text),
+    sa.Column("sealed_at", Instant),
+    sa.Column("removed", sa.Boolean, nullable=False, default=False),
+    sa.Index("segment_lane", "lane", "seq"),
+)
+_part = sa.Table(
+    "part",
+    _schema,
+    sa.Column("segment_id", sa.String(80), primary_key=True),
+    sa.Column("work_id", sa.String(40), primary_key=True),
+    sa.Column("rows", sa.Integer, nullable=False),
+    sa.Index("part_work", "work_id"),
+)
+_delivery = sa.Table(
+    "delivery",
+    _schema,
+    sa.Column("segment_id", sa.String(80), primary_key=True),
+    sa.Column("store_id", sa.String(128), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("inserted", sa.Integer, nullable=False, default=0),
+    sa.Column("updated", sa.Integer, nullable=False, default=0),
+    sa.Column("unchanged", sa.Integer, nullable=False, default=0),
+    sa.Column("at", Instant),
+    sa.Column("error", sa.Text),
+    sa.Index("delivery_state", "store_id", "state"),
+)
+_run = sa.Table(
+    "run",
+    _schema,
+    sa.Column("run_id", sa.String(40), primary_key=True),
+    sa.Column("plan", sa.String(128), nullable=False),
+    sa.Column("state", sa.String(32), nullable=False),
+    sa.Column("started", Instant, nullable=False),
+    sa.Column("ended", Instant),
+    sa.Column("counts", sa.Text),
+    sa.Column("config_hash", sa.String(32)),
+    sa.Index("run_plan", "plan", "started"),
+)
+_control = sa.Table(
+    "control",
+    _schema,
+    sa.Column("plan", sa.String(128), primary_key=True),
+    sa.Column("desired", sa.String(16), nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("at", Instant),
+)
+_hold = sa.Table(
+    "hold",
+    _schema,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("owner", sa.String(128), nullable=False),
+    sa.Column("until", Instant, nullable=False),
+)
+
+
+class WorkState(StrEnum):
+    """Where a work unit is."""
+
+    OWED = "owed"  # given back unfinished; its cursor says where to go on
+    LEASED = "leased"
+    SEALED = "sealed"  # the whole chain is in the spool
+    DELIVERED = "delivered"  # every store has it
+    WAITING = "waiting"  # for a quota or a long cool-down
+    FAILED = "failed"
+    DROPPED = "dropped"
+    CANCELLED = "cancelled"
+    SPLIT = "split"  # replaced by its halves
+
+
+class Desired(StrEnum):
+    """What the user wants of a plan."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A leased work unit as its worker holds it."""
+
+    work_id: str
+    unit: Unit
+    request_hash: str
+    epoch: int
+    attempt: int
+    cursor: dict[str, Any] | None
+    requests: int = 0
+    rows: int = 0
+    subject_rows: Mapping[str, int] = field(default_factory=dict)
+    restarted: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one segment holds of one work unit, and how the unit stands after it."""
+
+    work: Work
+    rows: int  # in this segment
+    requests: int  # in this segment
+    subject_rows: Mapping[str, int]  # in this segment
+    cursor: dict[str, Any] | None
+    state: WorkState  # LEASED: the chain goes on
+    asked_at: datetime
+    final_until: datetime
+    answer: Answer = Answer.ROWS
+    restarted: bool = False
+    resume_at: datetime | None = None
+    label: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A sealed segment."""
+
+    segment_id: str
+    dataset: str
+    lane: str
+    seq: int
+    host: str
+    path: str | None
+    rows: int
+    fetched: int
+    duplicates: int
+    quarantined: int
+    bytes: int
+    requests: int
+    key_min: str | None = None
+    key_max: str | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is wanted of a plan; `generation` grows with every word of the user."""
+
+    desired: Desired
+    generation: int
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run as the ledger knows it."""
+
+    run_id: str
+    plan: str
+    state: str
+    started: datetime
+    ended: datetime | None
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What `claim` gave: the leased work, how many of the units asked for were taken by it or settled meanwhile, and
+    whether units are left to other workers that are alive."""
+
+    work: list[Work]
+    settled: int
+    elsewhere: list[Unit]
+
+
+def this_owner() -> str:
+    """Return a name for this process: host, pid and start time, so that a dead one can be told from a living one."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_process_start(os.getpid()) or 0}:{uuid.uuid4().hex[:8]}"
+
+
+def _process_start(pid: int) -> str | None:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
+            return file.read().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def owner_is_dead(owner: str) -> bool:
+    """Return whether the owner was a process of this host that is certainly gone (a killed worker's lease)."""
+    host, pid, started, _ = owner.rsplit(":", 3)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    now = _process_start(int(pid))
+    return now is not None and started != "0" and now != started
+
+
+def _unit_text(unit: Unit) -> str:
+    return json.dumps(
+        [
+            unit.dataset,
+            list(unit.subjects),
+            [[name, list(values)] for name, values in unit.values],
+            *(stamp(at) for at in (unit.start, unit.end, unit.window_start, unit.window_end)),
+            unit.session.isoformat() if unit.session else None,
+        ]
+    )
+
+
+def unit_from_text(text: str) -> Unit:
+    """Read a unit as the ledger wrote it."""
+    from datetime import date
+
+    dataset, subjects, values, start, end, window_start, window_end, session = json.loads(text)
+    return Unit(
+        dataset,
+        tuple(subjects),
+        tuple((name, tuple(chosen)) for name, chosen in values),
+        datetime.fromisoformat(start),
+        datetime.fromisoformat(end),
+        datetime.fromisoformat(window_start),
+        datetime.fromisoformat(window_end),
+        date.fromisoformat(session) if session else None,
+    )
+
+
+class Ledger:
+    """The ledger of one state folder (or of several machines, in PostgreSQL). Safe to use from many threads."""
+
+    def __init__(self, url: str, clock: Clock):
+        """Open or create the ledger at an SQLAlchemy URL; MarketSyncError when it cannot be reached."""
+        self._clock = clock
+        self.url = sa.make_url(url).render_as_string(hide_password=True)
+        self._lock = threading.RLock()
+        sqlite = url.startswith("sqlite")
+        arguments: dict[str, Any] = {"timeout": 60, "check_same_thread": False} if sqlite else {}
+        self._engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=not sqlite)
+        self._sqlite = sqlite
+        if sqlite:
+            event.listen(self._engine, "connect", _sqlite_connect)
+        try:
+            with self._write() as connection:
+                if not sa.inspect(connection).has_table("control"):
+                    _schema.create_all(connection)
+        except SQLAlchemyError as error:
+            raise MarketSyncError(
+                f"the ledger {self.url} cannot be opened: {error}; check the `state` folder or the `ledger` URL"
+            ) from error
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        # One writer a process at a time: SQLite would only make the others wait and retry.
+        with self._lock, self._engine.connect() as connection:
+            if self._sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                connection.begin()
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._engine.connect() as connection:
+            if self._sqlite:
+                connection.exec_driver_sql("BEGIN")
+            yield connection
+            connection.rollback()
+
+    # ------------------------------------------------------------ runs and control
+
+    def open_run(self, plan: str, config_hash: str = "") -> RunRow:
+        """Begin a run of a plan."""
+        now = self._clock.now()
+        run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+        with self._write() as connection:
+            connection.execute(
+                _run.insert().values(
+                    run_id=run_id, plan=plan, state="running", started=now, counts="{}", config_hash=config_hash
+                )
+            )
+        return RunRow(run_id, plan, "running", now, None, {})
+
+    def close_run(self, run_id: str, state: str, counts: Mapping[str, Any]) -> None:
+        """End a run with its state and its report's counts."""
+        with self._write() as connection:
+            connection.execute(
+                _run.update()
+                .where(_run.c.run_id == run_id)
+                .values(state=state, ended=self._clock.now(), counts=json.dumps(counts, default=str))
+            )
+
+    def runs(self, plan: str | None = None, *, run_id: str | None = None, limit: int = 20) -> list[RunRow]:
+        """Return runs, the newest first."""
+        query = sa.select(_run).order_by(_run.c.started.desc(), _run.c.run_id.desc()).limit(limit)
+        if plan is not None:
+            query = query.where(_run.c.plan == plan)
+        if run_id is not None:
+            query = query.where(_run.c.run_id == run_id)
+        with self._read() as connection:
+            return [
+                RunRow(r.run_id, r.plan, r.state, r.started, r.ended, json.loads(r.counts or "{}"))
+                for r in connection.execute(query)
+            ]
+
+    def control(self, plan: str) -> Control:
+        """Return what is wanted of a plan."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(_control).where(_control.c.plan == plan)).first()
+        return Control(Desired(row.desired), row.generation) if row else Control(Desired.RUN, 0)
+
+    def set_control(self, plan: str, desired: Desired) -> Control:
+        """Say what is wanted of a plan; running workers hear it at their next page or inside their wait."""
+        with self._write() as connection:
+            row = connection.execute(sa.select(_control.c.generation).where(_control.c.plan == plan)).first()
+            generation = (row.generation if row else 0) + 1
+            connection.execute(_control.delete().where(_control.c.plan == plan))
+            connection.execute(
+                _control.insert().values(plan=plan, desired=desired, generation=generation, at=self._clock.now())
+            )
+        return Control(desired, generation)
+
+    # ------------------------------------------------------------ holds
+
+    def hold(self, name: str, owner: str, seconds: float = LEASE_SECONDS) -> bool:
+        """Take or renew the hold called `name`; False when another living owner has it."""
+        now = self._clock.now()
+        with self._write() as connection:
+            row = connection.execute(sa.select(_hold).where(_hold.c.name == name)).first()
+            if row and row.owner != owner and row.until > now and not owner_is_dead(row.owner):
+                return False
+            connection.execute(_hold.delete().where(_hold.c.name == name))
+            connection.execute(_hold.insert().values(name=name, owner=owner, until=now + timedelta(seconds=seconds)))
+        return True
+
+    def let_go(self, name: str, owner: str) -> None:
+        """Give a hold back."""
+        with self._write() as connection:
+            connection.execute(_hold.delete().where(_hold.c.name == name, _hold.c.owner == owner))
+
+    # ------------------------------------------------------------ stores and datasets
+
+    def bind_store(self, store_id: str, dataset: str, url: str, marker: str) -> bool:
+        """Note the table's marker; False (and the coverage is void) when it is not the one known: the table was
+        dropped, swapped or made anew, and what was believed to be in it is asked or copied again."""
+        with self._write() as connection:
+            row = connection.execute(
+                sa.select(_store.c.marker).where(_store.c.store_id == store_id, _store.c.dataset == dataset)
+            ).first()
+            if row is not None and row.marker == marker:
+                return True
+            if row is not None:
+                connection.execute(
+                    _coverage.delete().where(_coverage.c.store_id == store_id, _coverage.c.dataset == dataset)
+                )
+                connection.execute(_store.delete().where(_store.c.store_id == store_id, _store.c.dataset == dataset))
+            connection.execute(
+                _store.insert().values(store_id=store_id, dataset=dataset, url_redacted=url, marker=marker)
+            )
+        return row is None
+
+    def bind_dataset(self, dataset: str, request_hash: str, schema_hash: str, columns: Mapping[str, str]) -> list[str]:
+        """Note the version of a dataset that is used now; return the columns that are new since an earlier version of
+        the same request (rows that are there already hold null in them)."""
+        with self._write() as connection:
+            known = connection.execute(
+                sa.select(_dataset_version.c.schema_hash, _dataset_version.c.columns)
+                .where(_dataset_version.c.dataset == dataset, _dataset_version.c.request_hash == request_hash)
+                .order_by(_dataset_version.c.first_used)
+            ).all()
+            if any(row.schema_hash == schema_hash for row in known):
+                return []
+            connection.execute(
+                _dataset_version.insert().values(
+                    dataset=dataset,
+                    request_hash=request_hash,
+                    schema_hash=schema_hash,
+                    columns=json.dumps(dict(columns)),
+                    first_used=self._clock.now(),
+                )
+            )
+        if not known:
+            return []
+        before = json.loads(known[-1].columns)
+        return [name for name in columns if name not in before]
+
+    def dataset_versions(self, dataset: str) -> list[tuple[str, str, dict[str, str]]]:
+        """Return (request hash, schema hash, columns) of every version used, oldest first."""
+        with self._read() as connection:
+            rows = connection.execute(
+                sa.select(_dataset_version)
+                .where(_dataset_version.c.dataset == dataset)
+                .order_by(_dataset_version.c.first_used)
+            ).all()
+        return [(row.request_hash, row.schema_hash, json.loads(row.columns)) for row in rows]
+
+    # ------------------------------------------------------------ coverage
+
+    def coverage(
+        self,
+        store_ids: Sequence[str],
+        dataset: str,
+        request_hash: str | None,
+        subjects: Iterable[str] | None = None,
+    ) -> dict[str, dict[str, list[Covered]]]:
+        """Return store -> subject -> pieces in order of time; any request's with `request_hash` None."""
+        with self._read() as connection:
+            return self._coverage_in(connection, store_ids, dataset, request_hash, subjects)
+
+    def _coverage_in(
+        self,
+        connection: sa.Connection,
+        store_ids: Sequence[str],
+        dataset: str,
+        request_hash: str | None,
+        subjects: Iterable[str] | None,
+    ) -> dict[str, dict[str, list[Covered]]]:
+        result: dict[str, dict[str, list[Covered]]] = {store: defaultdict(list) for store in store_ids}
+        c = _coverage.c
+        query = sa.select(
+            c.store_id, c.subject, c.start, c.end, c.answer, c.final, c.asked_at, c.rows, c.work_id
+        ).where(c.store_id.in_(list(store_ids)), c.dataset == dataset)
+        if request_hash is not None:
+            query = query.where(c.request_hash == request_hash)
+        query = query.order_by(c.start)
+        parts = [None] if subjects is None else list(_chunks(list(subjects)))
+        for part in parts:
+            chosen = query if part is None else query.where(c.subject.in_(part))
+            for row in connection.execute(chosen):
+                result[row[0]][row[1]].append(Covered(row[2], row[3], Answer(row[4]), row[5], row[6], row[7], row[8]))
+        return result
+
+    def lay(self, store_id: str, dataset: str, request_hash: str, pieces: Mapping[str, Sequence[Covered]]) -> None:
+        """Lay new coverage over what is there."""
+        with self._write() as connection:
+            self._lay_in(connection, store_id, dataset, request_hash, pieces)
+
+    def _lay_in(
+        self,
+        connection: sa.Connection,
+        store_id: str,
+        dataset: str,
+        request_hash: str,
+        pieces: Mapping[str, Sequence[Covered]],
+    ) -> None:
+        if not pieces:
+            return
+        now = self._clock.now()
+        c = _coverage.c
+        known: dict[str, list[tuple[int, Covered]]] = defaultdict(list)
+        for part in _chunks(list(pieces)):
+            for row in connection.execute(
+                sa.select(c.id, c.subject, c.start, c.end, c.answer, c.final, c.asked_at, c.rows, c.work_id).where(
+                    c.store_id == store_id,
+                    c.dataset == dataset,
+                    c.request_hash == request_hash,
+                    c.subject.in_(part),
+                )
+            ):
+                known[row[1]].append((row[0], Covered(row[2], row[3], Answer(row[4]), row[5], row[6], row[7], row[8])))
+        gone: list[int] = []
+        added: list[dict[str, Any]] = []
+        for subject, new in pieces.items():
+            before = dict((piece, id_) for id_, piece in known.get(subject, ()))
+            after = laid(before, new, now)
+            kept = set(after)
+            gone.extend(id_ for piece, id_ in before.items() if piece not in kept)
+            added.extend(
+                {
+                    "store_id": store_id,
+                    "dataset": dataset,
+                    "request_hash": request_hash,
+                    "subject": subject,
+                    "start": piece.start,
+                    "end": piece.end,
+                    "answer": piece.answer.value,
+                    "final": piece.final,
+                    "asked_at": piece.asked_at,
+                    "rows": piece.rows,
+                    "work_id": piece.work_id,
+                }
+                for piece in after
+                if piece not in before
+            )
+        for part in _chunks(gone):
+            connection.execute(_coverage.delete().where(c.id.in_(part)))
+        if added:
+            connection.execute(_coverage.insert(), added)
+
+    # ------------------------------------------------------------ work
+
+    def claim(
+        self,
+        *,
+        run_id: str,
+        plan: str,
+        dataset: str,
+        request_hash: str,
+        candidates: Sequence[Unit],
+        owner: str,
+        still_owed: Callable[[Unit, Mapping[str, Sequence[Covered]]], bool],
+        store_ids: Sequence[str],
+        retry: bool = False,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> Claims:
+        """Lease what of the candidates is still owed and in nobody else's hands.
+
+        `still_owed` is asked inside the transaction, with the coverage of the unit's subjects (of all the stores
+        together) as it is now. A unit that overlaps living work of anyone is left (`elsewhere`); one that was dropped
+        before is settled unless `retry`. Work whose lease expired, or whose worker of this host is dead, goes on under
+        the next epoch from its cursor.
+        """
+        now = self._clock.now()
+        until = now + timedelta(seconds=lease_seconds)
+        taken: list[Work] = []
+        elsewhere: list[Unit] = []
+        settled = 0
+        with self._write() as connection:
+            subjects = list(dict.fromkeys(subject for unit in candidates for subject in unit.subjects))
+            by_store = self._coverage_in(connection, store_ids, dataset, request_hash, subjects)
+            together: dict[str, list[Covered]] = defaultdict(list)
+            for of_subject in by_store.values():
+                for subject, pieces in of_subject.items():
+                    together[subject].extend(pieces)
+            active = self._active(connection, dataset, request_hash)
+            ids = {unit.work_id(request_hash): unit for unit in candidates}
+            known: dict[str, Any] = {}
+            for part in _chunks(list(ids)):
+                for row in connection.execute(sa.select(_work).where(_work.c.work_id.in_(part))):
+                    known[row.work_id] = row
+            inserts: list[dict[str, Any]] = []
+            for work_id, unit in ids.items():
+                row = known.get(work_id)
+                if not still_owed(unit, together):
+                    settled += 1
+                    continue
+                if row is not None and row.state in (WorkState.DROPPED, WorkState.SPLIT) and not retry:
+                    settled += 1
+                    continue
+                if self._in_other_hands(active, work_id, unit, owner, now):
+                    elsewhere.append(unit)
+                    continue
+                if row is not None and row.state == WorkState.SEALED:
+                    elsewhere.append(unit)
+                    continue
+                cursor, epoch, attempt, requests, rows = None, 1, 1, 0, 0
+                subject_rows: dict[str, int] = {}
+                restarted = False
+                resumable = row is not None and row.state in (
+                    WorkState.LEASED,
+                    WorkState.OWED,
+                    WorkState.WAITING,
+                    WorkState.FAILED,
+                    WorkState.CANCELLED,
+                )
+                if row is not None:
+                    epoch, attempt = row.epoch + 1, row.attempt + 1
+                    if resumable and row.cursor:
+                        cursor = json.loads(row.cursor)
+                        requests, rows = row.requests, row.rows
+                        subject_rows = json.loads(row.subject_rows or "{}")
+                        restarted = row.restarted
+                work = Work(
+                    work_id, unit, request_hash, epoch, attempt, cursor, requests, rows, subject_rows, restarted
+                )
+                taken.append(work)
+                active.append((work_id, unit, owner, until))
+                values = {
+                    "run_id": run_id,
+                    "plan": plan,
+                    "dataset": dataset,
+                    "request_hash": request_hash,
+                    "subjects": "\n".join(unit.subjects),
+                    "unit": _unit_text(unit),
+                    "start": unit.start,
+                    "end": unit.end,
+                    "state": WorkState.LEASED.value,
+                    "attempt": attempt,
+                    "owner": owner,
+                    "epoch": epoch,
+                    "lease_until": until,
+                    "cursor": None if cursor is None else json.dumps(cursor),
+                    "requests": requests,
+                    "rows": rows,
+                    "subject_rows": json.dumps(subject_rows),
+                    "restarted": restarted,
+                    "resume_at": None,
+                    "error": None,
+                    "changed_at": now,
+                }
+                if row is None:
+                    inserts.append({"work_id": work_id, **values})
+                else:
+                    connection.execute(_work.update().where(_work.c.work_id == work_id).values(**values))
+            if inserts:
+                connection.execute(_work.insert(), inserts)
+        return Claims(taken, settled, elsewhere)
+
+    def _active(
+        self, connection: sa.Connection, dataset: str, request_hash: str
+    ) -> list[tuple[str, Unit, str, datetime | None]]:
+        w = _work.c
+        rows = connection.execute(
+            sa.select(w.work_id, w.unit, w.owner, w.lease_until, w.state).where(
+                w.dataset == dataset,
+                w.request_hash == request_hash,
+                w.state.in_([WorkState.LEASED, WorkState.SEALED]),
+            )
+        )
+        return [
+            (row.work_id, unit_from_text(row.unit), row.owner or "", None if row.state == "sealed" else row.lease_until)
+            for row in rows
+        ]
+
+    def _in_other_hands(
+        self,
+        active: Sequence[tuple[str, Unit, str, datetime | None]],
+        work_id: str,
+        unit: Unit,
+        owner: str,
+        now: datetime,
+    ) -> bool:
+        mine = set(unit.subjects)
+        for other_id, other, other_owner, until in active:
+            if other.end <= unit.start or other.start >= unit.end or mine.isdisjoint(other.subjects):
+                continue
+            if until is None:  # sealed: its delivery is under way or owed
+                return True
+            living = until > now and not owner_is_dead(other_owner)
+            if other_id == work_id:
+                if living and other_owner != owner:
+                    return True
+            elif living:
+                return True
+        return False
+
+    def renew(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> int:
+        """Renew every lease of the owner; return how many it holds."""
+        until = self._clock.now() + timedelta(seconds=lease_seconds)
+        with self._write() as connection:
+            return connection.execute(
+                _work.update()
+                .where(_work.c.owner == owner, _work.c.state == WorkState.LEASED)
+                .values(lease_until=until)
+            ).rowcount
+
+    def give_back(self, works: Sequence[Work], owner: str) -> None:
+        """Give back leased work that was not begun (or whose pages are all sealed): others may take it now."""
+        with self._write() as connection:
+            for work in works:
+                mine = (_work.c.work_id == work.work_id) & (_work.c.owner == owner) & (_work.c.epoch == work.epoch)
+                connection.execute(
+                    _work.update()
+                    .where(mine, _work.c.state == WorkState.LEASED)
+                    .values(state=WorkState.OWED.value, owner=None, lease_until=None, changed_at=self._clock.now())
+                )
+
+    def split(self, work: Work, owner: str, halves: Sequence[Unit], run_id: str, plan: str) -> None:
+        """Mark a work unit as replaced by its halves (which are claimed as any unit is)."""
+        with self._write() as connection:
+            self._fenced(connection, work, owner, {"state": WorkState.SPLIT.value, "owner": None})
+
+    def _fenced(self, connection: sa.Connection, work: Work, owner: str, values: Mapping[str, Any]) -> None:
+        done = connection.execute(
+            _work.update()
+            .where(_work.c.work_id == work.work_id, _work.c.owner == owner, _work.c.epoch == work.epoch)
+            .values(changed_at=self._clock.now(), **values)
+        )
+        if done.rowcount != 1:
+            raise LeaseLost(
+                f"{work.unit.dataset} {', '.join(work.unit.subjects[:3])}: another worker has taken this unit over "
+                f"(epoch {work.epoch} is past); its pages that are not sealed are thrown away here"
+            )
+
+    def seal(
+        self,
+        run_id: str,
+        owner: str,
+        segment: Segment,
+        parts: Sequence[Part],
+        stores: Sequence[str],
+    ) -> None:
+        """Register a segment whose file is durable, with the new state of every unit in it, in one transaction.
+
+        LeaseLost when any unit has been taken over: the caller drops that unit's rows and seals the rest again.
+        A segment without rows needs no delivery: units that end in it are covered at once where nothing of them is on
+        its way.
+        """
+        with self._write() as connection:
+            for part in parts:
+                work = part.work
+                totals = dict(work.subject_rows)
+                for subject, rows in part.subject_rows.items():
+                    totals[subject] = totals.get(subject, 0) + rows
+                self._fenced(
+                    connection,
+                    work,
+                    owner,
+                    {
+                        "state": part.state.value,
+                        "owner": owner if part.state is WorkState.LEASED else None,
+                        "cursor": None if part.cursor is None else json.dumps(part.cursor),
+                        "requests": work.requests + part.requests,
+                        "rows": work.rows + part.rows,
+                        "subject_rows": json.dumps(totals),
+                        "restarted": work.restarted or part.restarted,
+                        "asked_at": part.asked_at,
+                        "final_until": part.final_until,
+                        "resume_at": part.resume_at,
+                        "label": part.label,
+                        "error": part.error,
+                    },
+                )
+            connection.execute(
+                _segment.insert().values(
+                    segment_id=segment.segment_id,
+                    run_id=run_id,
+                    dataset=segment.dataset,
+                    lane=segment.lane,
+                    seq=segment.seq,
+                    host=segment.host,
+                    path=segment.path,
+                    rows=segment.rows,
+                    fetched=segment.fetched,
+                    duplicates=segment.duplicates,
+                    quarantined=segment.quarantined,
+                    bytes=segment.bytes,
+                    requests=segment.requests,
+                    key_min=segment.key_min,
+                    key_max=segment.key_max,
+                    sealed_at=self._clock.now(),
+                    removed=segment.path is None,
+                )
+            )
+            if parts:
+                connection.execute(
+                    _part.insert(),
+                    [
+                        {"segment_id": segment.segment_id, "work_id": part.work.work_id, "rows": part.rows}
+                        for part in parts
+                    ],
+                )
+            connection.execute(
+                _delivery.insert(),
+                [{"segment_id": segment.segment_id, "store_id": store, "state": "owed"} for store in stores],
+            )
+            not_yet = [part for part in parts if part.answer is Answer.NOT_YET]
+            for store in stores:
+                by_subject: dict[str, dict[str, list[Covered]]] = defaultdict(lambda: defaultdict(list))
+                for part in not_yet:
+                    for subject in part.work.unit.subjects:
+                        by_subject[part.work.request_hash][subject].append(
+                            Covered(
+                                part.work.unit.start,
+                                part.work.unit.end,
+                                Answer.NOT_YET,
+                                False,
+                                part.asked_at,
+                                0,
+                            )
+                        )
+                for hash_, pieces in by_subject.items():
+                    self._lay_in(connection, store, segment.dataset, hash_, pieces)
+
+    def fresh(self, store_id: str, dataset: str, segment_ids: Sequence[str]) -> bool:
+        """Return whether no row of the segments can be in the store already (so that they may be appended)."""
+        with self._read() as connection:
+            works = self._works_of(connection, segment_ids)
+            if any(row.restarted for row in works):
+                return False
+            units = [(row.work_id, unit_from_text(row.unit)) for row in works]
+            subjects = list(dict.fromkeys(subject for _, unit in units for subject in unit.subjects))
+            known = self._coverage_in(connection, [store_id], dataset, None, subjects)[store_id]
+        return not any(
+            touches(known.get(subject, ()), Interval(unit.window_start, unit.window_end), work_id)
+            for work_id, unit in units
+            for subject in unit.subjects
+        )
+
+    def _works_of(self, connection: sa.Connection, segment_ids: Sequence[str]) -> list[Any]:
+        works: dict[str, Any] = {}
+        for part in _chunks(list(segment_ids)):
+            for row in connection.execute(
+                sa.select(_work).join(_part, _part.c.work_id == _work.c.work_id).where(_part.c.segment_id.in_(part))
+            ):
+                works[row.work_id] = row
+        return list(works.values())
+
+    def owed_deliveries(self, store_id: str, dataset: str, host: str, lane: str | None = None) -> list[Segment]:
+        """Return the segments of this host that the store still has to get, by lane and in order."""
+        query = (
+            sa.select(_segment)
+            .join(_delivery, _delivery.c.segment_id == _segment.c.segment_id)
+            .where(
+                _delivery.c.store_id == store_id,
+                _delivery.c.state == "owed",
+                _segment.c.dataset == dataset,
+                _segment.c.host == host,
+            )
+            .order_by(_segment.c.lane, _segment.c.seq)
+        )
+        if lane is not None:
+            query = query.where(_segment.c.lane == lane)
+        with self._read() as connection:
+            return [_segment_of(row) for row in connection.execute(query)]
+
+    def delivered(
+        self, store_id: str, segments: Sequence[Segment], inserted: int, updated: int, unchanged: int
+    ) -> list[str]:
+        """Acknowledge a delivery: the units that are thereby whole in the store become coverage. Returns the paths of
+        segment files that every store has (to be removed)."""
+        now = self._clock.now()
+        ids = [segment.segment_id for segment in segments]
+        with self._write() as connection:
+            for index, part in enumerate(_chunks(ids)):
+                connection.execute(
+                    _delivery.update()
+                    .where(_delivery.c.segment_id.in_(part), _delivery.c.store_id == store_id)
+                    .values(state="done", at=now, error=None)
+                )
+                if index == 0:
+                    # The counts of a joint delivery stand with its first segment.
+                    connection.execute(
+                        _delivery.update()
+                        .where(_delivery.c.segment_id == ids[0], _delivery.c.store_id == store_id)
+                        .values(inserted=inserted, updated=updated, unchanged=unchanged)
+                    )
+            works = self._works_of(connection, ids)
+            waiting = self._on_their_way(connection, store_id, [row.work_id for row in works])
+            pieces: dict[tuple[str, str], dict[str, list[Covered]]] = defaultdict(lambda: defaultdict(list))
+            whole: list[str] = []
+            for row in works:
+                unit = unit_from_text(row.unit)
+                rows_of = json.loads(row.subject_rows or "{}")
+                target = pieces[unit.dataset, row.request_hash]
+                if row.state in (WorkState.SEALED, WorkState.DELIVERED) and row.work_id not in waiting:
+                    whole.append(row.work_id)
+                    for subject in unit.subjects:
+                        count = rows_of.get(subject, row.rows if len(unit.subjects) == 1 else 0)
+                        target[subject].extend(_answers(unit, row, count))
+                elif row.rows:
+                    for subject in unit.subjects:
+                        target[subject].append(
+                            Covered(
+                                unit.window_start,
+                                unit.window_end,
+                                Answer.PARTIAL,
+                                False,
+                                row.asked_at or now,
+                                None,
+                                row.work_id,
+                            )
+                        )
+            for (dataset, request_hash), of_subject in pieces.items():
+                self._lay_in(connection, store_id, dataset, request_hash, of_subject)
+            self._mark_delivered(connection, whole)
+            return self._finished_paths(connection, ids)
+
+    def _on_their_way(self, connection: sa.Connection, store_id: str, work_ids: Sequence[str]) -> set[str]:
+        result: set[str] = set()
+        for part in _chunks(list(work_ids)):
+            result.update(
+                connection.scalars(
+                    sa.select(_part.c.work_id)
+                    .join(_delivery, _delivery.c.segment_id == _part.c.segment_id)
+                    .where(_part.c.work_id.in_(part), _delivery.c.store_id == store_id, _delivery.c.state == "owed")
+                )
+            )
+        return result
+
+    def _mark_delivered(self, connection: sa.Connection, work_ids: Sequence[str]) -> None:
+        for part in _chunks(list(work_ids)):
+            busy = (
+                sa.select(_part.c.work_id)
+                .join(_delivery, _delivery.c.segment_id == _part.c.segment_id)
+                .where(_delivery.c.state == "owed", _part.c.work_id.in_(part))
+            )
+            connection.execute(
+                _work.update()
+                .where(
+                    _work.c.work_id.in_(part),
+                    _work.c.state == WorkState.SEALED,
+                    _work.c.work_id.not_in(busy),
+                )
+                .values(state=WorkState.DELIVERED.value, changed_at=self._clock.now())
+            )
+
+    def _finished_paths(self, connection: sa.Connection, ids: Sequence[str]) -> list[str]:
+        paths: list[str] = []
+        for part in _chunks(list(ids)):
+            busy = sa.select(_delivery.c.segment_id).where(
+                _delivery.c.state == "owed", _delivery.c.segment_id.in_(part)
+            )
+            rows = connection.execute(
+                sa.select(_segment.c.segment_id, _segment.c.path).where(
+                    _segment.c.segment_id.in_(part),
+                    _segment.c.segment_id.not_in(busy),
+                    _segment.c.removed.is_(False),
+                )
+            ).all()
+            paths.extend(row.path for row in rows if row.path)
+        return paths
+
+    def removed(self, paths: Sequence[str]) -> None:
+        """Note that segment files are gone."""
+        with self._write() as connection:
+            for part in _chunks(list(paths)):
+                connection.execute(_segment.update().where(_segment.c.path.in_(part)).values(removed=True))
+
+    def spool_files(self, host: str) -> set[str]:
+        """Return the paths of the segment files that this host should hold."""
+        with self._read() as connection:
+            return set(
+                connection.scalars(
+                    sa.select(_segment.c.path).where(
+                        _segment.c.host == host, _segment.c.removed.is_(False), _segment.c.path.is_not(None)
+                    )
+                )
+            )
+
+    def abandon_deliveries(self, store_id: str, dataset: str) -> list[str]:
+        """Forget what a store still has to get (it left the plan); return paths of files nobody waits for."""
+        with self._write() as connection:
+            ids = list(
+                connection.scalars(
+                    sa.select(_delivery.c.segment_id)
+                    .join(_segment, _segment.c.segment_id == _delivery.c.segment_id)
+                    .where(
+                        _delivery.c.store_id == store_id,
+                        _delivery.c.state == "owed",
+                        _segment.c.dataset == dataset,
+                    )
+                )
+            )
+            for part in _chunks(ids):
+                connection.execute(
+                    _delivery.update()
+                    .where(_delivery.c.segment_id.in_(part), _delivery.c.store_id == store_id)
+                    .values(state="abandoned", at=self._clock.now())
+                )
+            works = self._works_of(connection, ids)
+            self._mark_delivered(connection, [row.work_id for row in works])
+            return self._finished_paths(connection, ids)
+
+    def stores_owed(self, dataset: str) -> set[str]:
+        """Return the stores that still have to get segments of the dataset."""
+        with self._read() as connection:
+            return set(
+                connection.scalars(
+                    sa.select(_delivery.c.store_id)
+                    .join(_segment, _segment.c.segment_id == _delivery.c.segment_id)
+                    .where(_delivery.c.state == "owed", _segment.c.dataset == dataset)
+                    .distinct()
+                )
+            )
+
+    # ------------------------------------------------------------ looking
+
+    def works(
+        self,
+        *,
+        dataset: str | None = None,
+        run_id: str | None = None,
+        states: Sequence[WorkState] | None = None,
+        plan: str | None = None,
+        subject: str | None = None,
+        span: Interval | None = None,
+        limit: int = 1000,
+    ) -> list[Any]:
+        """Return rows of `work` (all its columns), the last changed first."""
+        w = _work.c
+        query = sa.select(_work).order_by(w.changed_at.desc()).limit(limit)
+        if dataset is not None:
+            query = query.where(w.dataset == dataset)
+        if run_id is not None:
+            query = query.where(w.run_id == run_id)
+        if plan is not None:
+            query = query.where(w.plan == plan)
+        if states is not None:
+            query = query.where(w.state.in_([state.value for state in states]))
+        if span is not None:
+            query = query.where(w.start < span.end, w.end > span.start)
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return [row for row in rows if subject is None or subject in row.subjects.split("\n")]
+
+    def work_counts(self, run_id: str) -> dict[str, int]:
+        """Return how many units of a run are in each state."""
+        with self._read() as connection:
+            rows = connection.execute(
+                sa.select(_work.c.state, sa.func.count()).where(_work.c.run_id == run_id).group_by(_work.c.state)
+            )
+            return {row[0]: row[1] for row in rows}
+
+    def segments_of(self, work_id: str) -> list[tuple[Segment, dict[str, tuple[str, datetime | None]]]]:
+        """Return the segments that hold a unit's rows, each with store -> (delivery state, when)."""
+        with self._read() as connection:
+            rows = connection.execute(
+                sa.select(_segment)
+                .join(_part, _part.c.segment_id == _segment.c.segment_id)
+                .where(_part.c.work_id == work_id)
+                .order_by(_segment.c.sealed_at)
+            ).all()
+            result = []
+            for row in rows:
+                deliveries = connection.execute(
+                    sa.select(_delivery.c.store_id, _delivery.c.state, _delivery.c.at).where(
+                        _delivery.c.segment_id == row.segment_id
+                    )
+                )
+                result.append((_segment_of(row), {d.store_id: (d.state, d.at) for d in deliveries}))
+        return result
+
+    def segment(self, segment_id: str) -> Segment | None:
+        """Return one segment."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(_segment).where(_segment.c.segment_id == segment_id)).first()
+        return _segment_of(row) if row else None
+
+    def retry(self, plan: str, dataset: str, subject: str | None = None) -> int:
+        """Forget that units were dropped or failed, so that they are asked again; return how many they were."""
+        rows = self.works(
+            dataset=dataset,
+            plan=plan,
+            states=[WorkState.DROPPED, WorkState.FAILED],
+            subject=subject,
+            limit=1_000_000,
+        )
+        with self._write() as connection:
+            for part in _chunks([row.work_id for row in rows]):
+                connection.execute(
+                    _work.update()
+                    .where(_work.c.work_id.in_(part))
+                    .values(state=WorkState.OWED.value, changed_at=self._clock.now())
+                )
+        return len(rows)
+
+    def cancel_work(self, plan: str) -> int:
+        """Mark what a plan's workers gave back or left waiting as cancelled; return how many units."""
+        with self._write() as connection:
+            return connection.execute(
+                _work.update()
+                .where(
+                    _work.c.plan == plan,
+                    _work.c.state.in_([WorkState.OWED.value, WorkState.WAITING.value]),
+                )
+                .values(state=WorkState.CANCELLED.value, changed_at=self._clock.now())
+            ).rowcount
+
+    def resume_at(self, plan: str) -> datetime | None:
+        """Return the earliest instant at which waiting units of a plan may go on; None when none waits."""
+        with self._read() as connection:
+            text = connection.execute(
+                sa.select(sa.func.min(_work.c.resume_at)).where(
+                    _work.c.plan == plan, _work.c.state == WorkState.WAITING.value
+                )
+            ).scalar()
+        return datetime.fromisoformat(text) if isinstance(text, str) else text
+
+    def forget(self, older_than: timedelta) -> int:
+        """Delete finished work, segments and runs older than this (coverage stays); return how many units went."""
+        before = self._clock.now() - older_than
+        with self._write() as connection:
+            old = sa.select(_work.c.work_id).where(
+                _work.c.state.in_([WorkState.DELIVERED.value, WorkState.SPLIT.value]), _work.c.changed_at < before
+            )
+            connection.execute(_part.delete().where(_part.c.work_id.in_(old)))
+            gone = connection.execute(
+                _work.delete().where(
+                    _work.c.state.in_([WorkState.DELIVERED.value, WorkState.SPLIT.value]),
+                    _work.c.changed_at < before,
+                )
+            ).rowcount
+            orphans = sa.select(_segment.c.segment_id).where(
+                _segment.c.removed.is_(True),
+                _segment.c.sealed_at < before,
+                _segment.c.segment_id.not_in(sa.select(_part.c.segment_id)),
+            )
+            connection.execute(
+                _delivery.delete().where(_delivery.c.segment_id.in_(orphans), _delivery.c.state != "owed")
+            )
+            connection.execute(
+                _segment.delete().where(
+                    _segment.c.removed.is_(True),
+                    _segment.c.sealed_at < before,
+                    _segment.c.segment_id.not_in(sa.select(_part.c.segment_id)),
+                    _segment.c.segment_id.not_in(sa.select(_delivery.c.segment_id)),
+                )
+            )
+            connection.execute(_run.delete().where(_run.c.ended < before))
+        return gone
+
+
+def _answers(unit: Unit, row: Any, count: int) -> list[Covered]:
+    answer = Answer.ROWS if count else Answer.EMPTY
+    boundary = min(max(row.final_until, unit.start), unit.end)
+    pieces = []
+    if unit.start < boundary:
+        pieces.append(Covered(unit.start, boundary, answer, True, row.asked_at, count))
+    if boundary < unit.end:
+        pieces.append(
+            Covered(boundary, unit.end, answer, False, row.asked_at, count if boundary == unit.start else None)
+        )
+    if pieces and len(pieces) == 2:
+        pieces[0] = replace(pieces[0], rows=None)
+    return pieces
+
+
+def _segment_of(row: Any) -> Segment:
+    return Segment(
+        row.segment_id,
+        row.dataset,
+        row.lane,
+        row.seq,
+        row.host,
+        row.path,
+        row.rows,
+        row.fetched,
+        row.duplicates,
+        row.quarantined,
+        row.bytes,
+        row.requests,
+        row.key_min,
+        row.key_max,
+    )
+
+
+def _chunks(values: list[Any]) -> Iterator[list[Any]]:
+    for first in range(0, len(values), _CHUNK):
+        yield values[first : first + _CHUNK]
+
+
+def _sqlite_connect(connection: Any, record: Any) -> None:
+    # Transactions are begun by us (BEGIN IMMEDIATE), never by the driver.
+    connection.isolation_level = None
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA busy_timeout=60000")
