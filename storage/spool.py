@@ -1,0 +1,108 @@
+"""The spool: sealed segments as Arrow IPC files on this host's disk, and the rows that were set aside (quarantine).
+
+A segment is whole and durable (fsynced, renamed into place) before anybody is told of it. Which segments there are,
+and who still has to get them, is in the ledger; nothing here knows a store or a provider.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from marketsync.errors import MarketSyncError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+ORPHAN_SECONDS = 3600.0
+
+
+class Spool:
+    """The segment files below one folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._segments = root / "spool"
+        self._quarantine = root / "quarantine"
+        self._segments.mkdir(parents=True, exist_ok=True)
+
+    def write(self, lane: str, seq: int, frame: pl.DataFrame) -> tuple[str, int]:
+        """Write a segment durably; return its path below the root and its size in bytes."""
+        folder = self._segments / lane
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{seq:08d}.arrow"
+        part = path.with_suffix(".part")
+        try:
+            with part.open("wb") as file:
+                frame.write_ipc(file, compression="uncompressed")
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            part.replace(path)
+            _sync_folder(folder)
+        except OSError as error:
+            raise MarketSyncError(
+                f"segment {path} cannot be written: {error}; free space or move `state`, then run again "
+                "(what is not sealed is asked again)"
+            ) from error
+        return str(path.relative_to(self.root)), size
+
+    def read(self, path: str) -> pl.DataFrame:
+        """Read a segment back (memory-mapped)."""
+        import polars as pl
+
+        try:
+            return pl.read_ipc(self.root / path, memory_map=True)
+        except FileNotFoundError as error:
+            raise MarketSyncError(
+                f"segment {self.root / path} is gone although it was not delivered everywhere; "
+                "`sync --refetch` asks for its rows again"
+            ) from error
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Delete segment files; ones that are gone already are fine."""
+        folders = set()
+        for path in paths:
+            file = self.root / path
+            file.unlink(missing_ok=True)
+            folders.add(file.parent)
+        for folder in folders:
+            try:
+                folder.rmdir()
+            except OSError:
+                # Other segments of the lane are still there.
+                continue
+
+    def sweep(self, known: set[str]) -> int:
+        """Delete files that the ledger does not know and that are too old to be on their way; return how many."""
+        before = time.time() - ORPHAN_SECONDS
+        orphans = [
+            str(file.relative_to(self.root))
+            for file in self._segments.glob("*/*")
+            if str(file.relative_to(self.root)) not in known and file.stat().st_mtime < before
+        ]
+        self.remove(orphans)
+        return len(orphans)
+
+    def set_aside(self, dataset: str, segment_id: str, rejected: pl.DataFrame) -> str:
+        """Keep rejected rows (with their reason) as JSON lines that a person can read; return the file's path."""
+        folder = self._quarantine / dataset
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{segment_id.replace(':', '-')}.jsonl"
+        rejected.write_ndjson(path)
+        return str(path)
+
+    def quarantined(self, dataset: str) -> Iterator[Path]:
+        """Yield the quarantine files of a dataset, the oldest first."""
+        yield from sorted((self._quarantine / dataset).glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

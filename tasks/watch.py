@@ -1,0 +1,90 @@
+"""What a running worker listens to: the user's word for its plan, the maintenance flag, signals; and its heartbeat.
+
+One thread a run renews the leases and polls; everything that waits or loops looks at `Watch.wake`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+
+from marketsync.clock import Clock
+from marketsync.errors import Interrupted
+from marketsync.ledger import LEASE_SECONDS, Desired, Ledger
+
+POLL_SECONDS = 0.5
+
+
+class Stop(StrEnum):
+    """Why a run is asked to stop."""
+
+    PAUSE = "paused"
+    CANCEL = "cancelled"
+    MAINTENANCE = "maintenance"
+    SIGNAL = "interrupted"
+
+
+class Watch:
+    """The heartbeat of one run; a context manager."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        plan: str,
+        owner: str,
+        clock: Clock,
+        *,
+        in_maintenance: Callable[[], bool] = lambda: False,
+        threaded: bool = True,
+    ):
+        self.wake = threading.Event()
+        self.stop: Stop | None = None
+        self._ledger, self._plan, self._owner, self._clock = ledger, plan, owner, clock
+        self._in_maintenance = in_maintenance
+        self._generation = ledger.control(plan).generation
+        self._over = threading.Event()
+        self._renewed = clock.timestamp()
+        self._threaded = threaded
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watch:
+        if self._threaded:
+            self._thread = threading.Thread(target=self._beat, name=f"watch-{self._plan}", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            self.look()
+
+    def look(self) -> None:
+        """Poll once: renew leases when a third of their time is over, hear the user's word."""
+        now = self._clock.timestamp()
+        if now - self._renewed > LEASE_SECONDS / 3:
+            self._ledger.renew(self._owner)
+            self._renewed = now
+        if self.stop is None:
+            control = self._ledger.control(self._plan)
+            if control.generation > self._generation and control.desired is not Desired.RUN:
+                self.request(Stop.PAUSE if control.desired is Desired.PAUSE else Stop.CANCEL)
+            elif self._in_maintenance():
+                self.request(Stop.MAINTENANCE)
+
+    def request(self, stop: Stop) -> None:
+        """Ask the run to stop at its next page."""
+        if self.stop is None:
+            self.stop = stop
+        self.wake.set()
+
+    def check(self) -> None:
+        """Raise Interrupted when the run was asked to stop."""
+        if not self._threaded:
+            self.look()
+        if self.stop is not None:
+            raise Interrupted(f"plan {self._plan}: {self.stop}")
