@@ -97,6 +97,10 @@ class ProviderError(MarketSyncError):
 class LeaseLost(MarketSyncError):
     """Another worker took the unit over (epoch moved on); whatever this one still holds must be thrown away."""
 
+    def __init__(self, work_id: str, message: str):
+        super().__init__(message)
+        self.work_id = work_id
+
 
 class Interrupted(MarketSyncError):
     """A pause, a cancellation or SIGTERM reached a wait or a loop."""

@@ -107,6 +107,7 @@ _work = sa.Table(
     sa.Column("requests", sa.Integer, nullable=False, default=0),
     sa.Column("rows", sa.Integer, nullable=False, default=0),
     sa.Column("subject_rows", sa.Text),
+    sa.Column("extent", sa.Text),
     sa.Column("restarted", sa.Boolean, nullable=False, default=False),
     sa.Column("asked_at", Instant),
     sa.Column("final_until", Instant),
@@ -225,6 +226,8 @@ class Work:
     rows: int = 0
     subject_rows: Mapping[str, int] = field(default_factory=dict)
     restarted: bool = False
+    extent: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # subject -> oldest, newest time sealed so far
+    asked_at: datetime | None = None  # of the chain's first page
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,8 @@ class Part:
     asked_at: datetime
     final_until: datetime
     answer: Answer = Answer.ROWS
-    restarted: bool = False
+    restarted: bool = False  # rows of this unit may be in the stores already, or twice in its pages
+    extent: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     resume_at: datetime | None = None
     label: str = ""
     error: str | None = None
@@ -673,15 +677,18 @@ class Ledger:
                 if row is not None and row.state in (WorkState.DROPPED, WorkState.SPLIT) and not retry:
                     settled += 1
                     continue
-                if self._in_other_hands(active, work_id, unit, owner, now):
-                    elsewhere.append(unit)
+                hands = self._in_other_hands(active, work_id, unit, owner, now)
+                if hands is WorkState.SEALED:
+                    settled += 1
                     continue
-                if row is not None and row.state == WorkState.SEALED:
+                if hands is WorkState.LEASED:
                     elsewhere.append(unit)
                     continue
                 cursor, epoch, attempt, requests, rows = None, 1, 1, 0, 0
                 subject_rows: dict[str, int] = {}
                 restarted = False
+                extent: dict[str, tuple[str, str]] = {}
+                asked_at: datetime | None = None
                 resumable = row is not None and row.state in (
                     WorkState.LEASED,
                     WorkState.OWED,
@@ -696,8 +703,24 @@ class Ledger:
                         requests, rows = row.requests, row.rows
                         subject_rows = json.loads(row.subject_rows or "{}")
                         restarted = row.restarted
+                        extent = {name: (low, high) for name, (low, high) in json.loads(row.extent or "{}").items()}
+                        asked_at = row.asked_at
+                    elif row.rows:
+                        # Pages of an earlier attempt are in the stores, and this one begins anew.
+                        restarted = True
                 work = Work(
-                    work_id, unit, request_hash, epoch, attempt, cursor, requests, rows, subject_rows, restarted
+                    work_id,
+                    unit,
+                    request_hash,
+                    epoch,
+                    attempt,
+                    cursor,
+                    requests,
+                    rows,
+                    subject_rows,
+                    restarted,
+                    extent,
+                    asked_at,
                 )
                 taken.append(work)
                 active.append((work_id, unit, owner, until))
@@ -720,6 +743,8 @@ class Ledger:
                     "rows": rows,
                     "subject_rows": json.dumps(subject_rows),
                     "restarted": restarted,
+                    "extent": json.dumps(extent),
+                    "asked_at": asked_at,
                     "resume_at": None,
                     "error": None,
                     "changed_at": now,
@@ -755,20 +780,18 @@ class Ledger:
         unit: Unit,
         owner: str,
         now: datetime,
-    ) -> bool:
+    ) -> WorkState | None:
         mine = set(unit.subjects)
+        hands: WorkState | None = None
         for other_id, other, other_owner, until in active:
             if other.end <= unit.start or other.start >= unit.end or mine.isdisjoint(other.subjects):
                 continue
-            if until is None:  # sealed: its delivery is under way or owed
-                return True
+            if until is None:  # spooled: its delivery is under way or owed, nothing is asked again
+                return WorkState.SEALED
             living = until > now and not owner_is_dead(other_owner)
-            if other_id == work_id:
-                if living and other_owner != owner:
-                    return True
-            elif living:
-                return True
-        return False
+            if living and (other_id != work_id or other_owner != owner):
+                hands = WorkState.LEASED
+        return hands
 
     def renew(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> int:
         """Renew every lease of the owner; return how many it holds."""
@@ -804,8 +827,9 @@ class Ledger:
         )
         if done.rowcount != 1:
             raise LeaseLost(
+                work.work_id,
                 f"{work.unit.dataset} {', '.join(work.unit.subjects[:3])}: another worker has taken this unit over "
-                f"(epoch {work.epoch} is past); its pages that are not sealed are thrown away here"
+                f"(epoch {work.epoch} is past); its pages that are not sealed are thrown away here",
             )
 
     def seal(
@@ -840,6 +864,7 @@ class Ledger:
                         "rows": work.rows + part.rows,
                         "subject_rows": json.dumps(totals),
                         "restarted": work.restarted or part.restarted,
+                        "extent": json.dumps(part.extent),
                         "asked_at": part.asked_at,
                         "final_until": part.final_until,
                         "resume_at": part.resume_at,
