@@ -178,7 +178,8 @@ def load_calendar(
 ) -> Calendar:
     """Return the calendar, with the user's corrections, known from 1970 (or `since`) to the end of next year.
 
-    Where the library knows less (XSHG begins in December 1990), so does the calendar. `cache_dir` is where computed
+    Where the library knows less (XSHG begins in December 1990), so does the calendar; of United States holidays before
+    1970 it knows few. `cache_dir` is where computed
     sessions are kept; None computes them anew in each process. Raises `ConfigurationError` for an unknown name, with
     the near ones.
     """
@@ -242,7 +243,9 @@ def _computed(name: str, cache_dir: Path | None, first_year: int, last_year: int
         return _ask_library(name, first_year, last_year)
     from importlib.metadata import version
 
-    file = cache_dir / f"{name.replace('/', '-')}-{version(LIBRARY)}-{first_year}-{last_year}.json"
+    # Of pandas, too: with pandas 3 the library loses sessions (XBOM, XKRX, XMOS) and five calendars altogether.
+    versions = f"{version(LIBRARY)}-pandas{version('pandas')}"
+    file = cache_dir / f"{name.replace('/', '-')}-{versions}-{first_year}-{last_year}.json"
     calendar = _read(file)
     if calendar is None:
         calendar = _ask_library(name, first_year, last_year)

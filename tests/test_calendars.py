@@ -72,6 +72,13 @@ def test_futures_open_on_the_evening_before(cache):
     assert chicago.open(date(2025, 3, 4)) == datetime(2025, 3, 3, 23, tzinfo=UTC)
 
 
+def test_calendars_that_pandas_3_breaks_are_whole(cache):
+    bombay = load_calendar("XBOM", cache, now=NOW)
+    assert bombay.is_session(date(2025, 2, 1))  # the Saturday of the budget
+    athens = load_calendar("ASEX", cache, now=NOW)
+    assert not athens.is_session(date(2025, 4, 21))  # Orthodox Easter Monday
+
+
 @pytest.mark.parametrize(("name", "near"), [("XNY", "XNYS"), ("nyse", "NYSE"), ("XSHE", "XSHG"), ("LSEE", "LSE")])
 def test_an_unknown_name_is_answered_with_near_ones(name, near):
     with pytest.raises(ConfigurationError, match=f"there is no calendar '{name}': did you mean .*{near}"):
