@@ -21,6 +21,7 @@ from zoneinfo import ZoneInfo
 
 import polars as pl
 
+from providers.replica import render
 from providers.replica.exchange import Answer, Circumstances, Pages, Published, Request, Tokens
 from providers.replica.limits import Account, Admission
 from providers.replica.market import DAILY, END_OF_TIME, MINUTE, NEW_YORK, Series, new_york_day
@@ -288,7 +289,7 @@ def _rows(bars: pl.DataFrame, adjusted: bool) -> bytes:
         pl.col("trades").alias("n"),
         ((pl.col("vwap") * pl.col("adj")).round(6) if adjusted else pl.col("vwap")).alias("vw"),
     )
-    return b"[" + shown.write_ndjson().rstrip("\n").replace("\n", ",").encode() + b"]"
+    return render.objects(shown)
 
 
 def _envelope(one: str | None, parts: list[tuple[str, bytes]], token: str | None) -> bytes:

@@ -65,7 +65,7 @@ class ReplicaClock:
 
     def __init__(self, source: Any = time.time) -> None:
         """`source`: a function that returns Unix seconds, or an object with `timestamp()`."""
-        self._read: Callable[[], float] = source if callable(source) else source.timestamp
+        self._read: Callable[[], Any] = source if callable(source) else source.timestamp
         self._offset = 0.0
 
     def now(self) -> float:

@@ -410,12 +410,13 @@ class GeneratedMarket:
             "symbol",
             ts.alias("ts"),
             "date",
-            *((pl.col(c) / 100).alias(c) for c in ("open", "high", "low", "close")),
+            # Rounded because polars divides by a constant through its reciprocal, which is not exact: 48.480000000000004.
+            *((pl.col(c) / 100).round(2).alias(c) for c in ("open", "high", "low", "close")),
             (100 + 100 * (_noise(5) % 50_000)).alias("volume"),
             pl.lit(1.0).alias("adj"),
             (1 + _noise(5) % 50_000).alias("trades"),
-            ((pl.col("high") + pl.col("low") + pl.col("close")) * 100 // 3 / 10_000).alias("vwap"),
-            pl.when(pl.col("i") > 0).then(pl.col("previous") / 100).alias("pre_close"),
+            ((pl.col("high") + pl.col("low") + pl.col("close")) * 100 // 3 / 10_000).round(4).alias("vwap"),
+            pl.when(pl.col("i") > 0).then((pl.col("previous") / 100).round(2)).alias("pre_close"),
         )
 
 

@@ -42,6 +42,8 @@ from providers.replica.faults import FAULTS, Rule, Schedule
 from providers.replica.journal import Entry, Journal
 from providers.replica.limits import ALPACA_KEY, ALPACA_SECRET, NASDAQ_KEY, TUSHARE_TOKEN, ReplicaClock, accounts
 from providers.replica.market import FrameMarket, Market, open_market
+from providers.replica.nasdaq import Nasdaq
+from providers.replica.tushare import Tushare
 
 CACHE_BYTES = 256 * 1024 * 1024
 LONGEST_HEAD_BYTES = 64 * 1024
@@ -135,8 +137,8 @@ class Replica:
         self._accounts = _accounts(option("limits", limits), option("accounts", accounts))
         self._journal = Journal(log)
         self._pages = Pages(option("cache_bytes", cache_bytes, CACHE_BYTES))
-        self._alpaca = Alpaca(self._pages)
-        self._fronts: list[Front] = [self._alpaca]
+        self._nasdaq = Nasdaq(self._pages, option("export_polls", export_polls, 1))
+        self._fronts: list[Front] = [Alpaca(self._pages), self._nasdaq, Tushare(self._pages)]
         self._stopping = threading.Event()
         self._listener: socket.socket | None = None
         self._connections: set[socket.socket] = set()
@@ -210,6 +212,7 @@ class Replica:
         with self._connections_lock:
             for connection in self._connections:
                 _shut(connection)
+        self._nasdaq.close()
 
     def __enter__(self) -> Replica:
         self.start()
@@ -502,7 +505,9 @@ def _receive(connection: socket.socket, data: bytes) -> tuple[Request | None, by
         body += more
     body, data = body[: int(length)], body[int(length) :]
     path, _, query = words[1].partition("?")
-    parsed = dict(parse_qsl(query, keep_blank_values=True))
+    parsed: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        parsed[name] = f"{parsed[name]},{value}" if name in parsed else value
     return Request(words[0], words[1], unquote(path), parsed, headers, body), data
 
 
