@@ -1,0 +1,388 @@
+"""From the spool to the stores: deliveries while a run fetches, what is owed from earlier runs, and filling a new store.
+
+Each store is served by itself: one that is down keeps nobody waiting but its own deliveries.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Any
+
+from marketsync.clock import Clock
+from marketsync.coverage import Answer, Covered, Interval, minus, within
+from marketsync.errors import StoreError
+from marketsync.ledger import Ledger, Segment
+from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Schema
+from storage.protocol import Batch, Filter, Mode, Store, Written
+from storage.spool import Spool
+from tasks.tally import Note, Tally
+
+if TYPE_CHECKING:
+    import polars as pl
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 96 << 20  # sealed frames kept in memory for the delivery; beyond it they are read from the spool
+ATTEMPTS = 4
+LINGER_SECONDS = 20.0  # a small batch is delivered when it has waited this long
+
+
+@dataclass(frozen=True)
+class Target:
+    """One store of a plan: its name in the configuration, which is its identity in the ledger, and the store."""
+
+    store_id: str
+    store: Store
+
+
+def deliver_segments(
+    ledger: Ledger,
+    spool: Spool,
+    target: Target,
+    schema: Schema,
+    segments: Sequence[Segment],
+    frames: Sequence[pl.DataFrame | None],
+    clock: Clock,
+) -> Written:
+    """Write segments of one lane, in order, to one store in one commit, and acknowledge them in the ledger.
+
+    Raises StoreError when the store cannot take them: they stay owed.
+    """
+    import polars as pl
+
+    loaded = []
+    for segment, frame in zip(segments, frames, strict=True):
+        if segment.path is None:
+            continue
+        rows = spool.read(segment.path) if frame is None else frame
+        loaded.append(rows.with_columns(pl.lit(segment.segment_id).alias(SEGMENT_COLUMN)))
+    written = Written()
+    if loaded:
+        frame = pl.concat(loaded) if len(loaded) > 1 else loaded[0]
+        frame = frame.with_columns(pl.lit(clock.now()).cast(pl.Datetime("us", "UTC")).alias(INGESTED_COLUMN))
+        rows = frame.height
+        ids = [segment.segment_id for segment in segments]
+        mode = Mode.APPEND if ledger.fresh(target.store_id, segments[0].dataset, ids) else Mode.UPSERT
+        if mode is Mode.UPSERT and len(loaded) > 1:
+            frame = frame.unique(subset=list(schema.key), keep="last", maintain_order=True)
+        batch = Batch(segments[0].dataset, schema, segments[0].lane, segments[-1].seq, frame, mode)
+        written = target.store.write(batch)
+        # Rows that a crash let be written before, and rows that a later one of this delivery replaced, are there.
+        rest = rows - written.inserted - written.updated - written.unchanged
+        written = Written(written.inserted, written.updated, written.unchanged + rest, written.already)
+    finished = ledger.delivered(target.store_id, segments, written.inserted, written.updated, written.unchanged)
+    if finished:
+        spool.remove(finished)
+        ledger.removed(finished)
+    return written
+
+
+class Deliverer:
+    """Serves one store while a run fetches; a context manager that delivers the rest at its end."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        spool: Spool,
+        target: Target,
+        schema: Schema,
+        *,
+        clock: Clock,
+        tally: Tally,
+        batch_rows: int,
+        threaded: bool = True,
+    ):
+        self._ledger, self._spool, self._target, self._schema = ledger, spool, target, schema
+        self._clock, self._tally, self._batch_rows = clock, tally, batch_rows
+        self._threaded = threaded
+        self._waiting: list[tuple[Segment, pl.DataFrame | None]] = []
+        self._rows = 0
+        self._since = 0.0
+        self._cached = 0
+        self._changed = threading.Condition()
+        self._over = False
+        self._busy = False
+        self._flush = False
+        self.down: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Deliverer:
+        if self._threaded:
+            name = f"deliver-{self._target.store_id}"
+            self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        elif kind is None:
+            self._deliver_waiting()
+
+    def put(self, segment: Segment, frame: pl.DataFrame | None) -> None:
+        """Take a sealed segment in."""
+        with self._changed:
+            size = frame.estimated_size() if frame is not None else 0
+            if self._cached + size > CACHE_BYTES:
+                frame, size = None, 0
+            self._cached += int(size)
+            if not self._waiting:
+                self._since = self._clock.timestamp()
+            self._waiting.append((segment, frame))
+            self._rows += segment.rows
+            self._changed.notify_all()
+        if not self._threaded and self._rows >= self._batch_rows:
+            self._deliver_waiting()
+
+    def flush(self) -> None:
+        """Deliver what waits and return when the store has it (or is down)."""
+        if not self._threaded:
+            self._deliver_waiting()
+            return
+        with self._changed:
+            self._flush = True
+            self._changed.notify_all()
+            while (self._waiting or self._busy) and self.down is None:
+                self._changed.wait(0.2)
+            self._flush = False
+
+    def _due(self) -> bool:
+        return bool(self._waiting) and (
+            self._over
+            or self._flush
+            or self._rows >= self._batch_rows
+            or self._clock.timestamp() - self._since >= LINGER_SECONDS
+        )
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._due():
+                    if self._over:
+                        return
+                    self._changed.wait(1.0)
+                self._busy = True
+            self._deliver_waiting()
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _deliver_waiting(self) -> None:
+        with self._changed:
+            waiting, self._waiting = self._waiting, []
+            self._rows = 0
+            self._cached = 0
+        if not waiting or self.down is not None:
+            return
+        for first in _batches(waiting, self._batch_rows):
+            if not self._deliver([item[0] for item in first], [item[1] for item in first]):
+                return
+
+    def _deliver(self, segments: list[Segment], frames: list[pl.DataFrame | None]) -> bool:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                written = deliver_segments(
+                    self._ledger, self._spool, self._target, self._schema, segments, frames, self._clock
+                )
+            except StoreError as error:
+                if attempt < ATTEMPTS:
+                    self._clock.sleep(0.5 * 2**attempt)
+                    continue
+                self._fail(segments[0].dataset, str(error))
+                return False
+            except Exception as error:  # noqa: BLE001 - a delivery that breaks must not take the run's fetching with it
+                log.exception("delivery to %s", self._target.store_id)
+                self._fail(segments[0].dataset, f"{type(error).__name__}: {error}")
+                return False
+            self._tally.add(inserted=written.inserted, updated=written.updated, unchanged=written.unchanged)
+            self._tally.delivered_rows += sum(segment.rows for segment in segments)
+            return True
+        return False
+
+    def _fail(self, dataset: str, message: str) -> None:
+        with self._changed:
+            self.down = message
+            self._changed.notify_all()
+        self._tally.note(
+            Note("store", dataset, self._target.store_id, f"{message}; its rows wait in the spool for the next run")
+        )
+
+
+def _batches(waiting: Sequence[tuple[Segment, Any]], batch_rows: int) -> list[list[tuple[Segment, Any]]]:
+    result: list[list[tuple[Segment, Any]]] = []
+    rows = 0
+    for item in waiting:
+        if not result or rows + item[0].rows > max(batch_rows, 1) * 3 // 2 or item[0].lane != result[-1][-1][0].lane:
+            result.append([])
+            rows = 0
+        result[-1].append(item)
+        rows += item[0].rows
+    return result
+
+
+def deliver_owed(
+    ledger: Ledger,
+    spool: Spool,
+    target: Target,
+    dataset: str,
+    schema: Schema,
+    *,
+    host: str,
+    owner: str,
+    clock: Clock,
+    tally: Tally,
+    batch_rows: int,
+) -> int:
+    """Deliver what earlier runs of this host left in the spool for a store; return how many rows.
+
+    Lanes whose process is alive are left to it.
+    """
+    by_lane: dict[str, list[Segment]] = defaultdict(list)
+    for segment in ledger.owed_deliveries(target.store_id, dataset, host):
+        by_lane[segment.lane].append(segment)
+    delivered = 0
+    for lane, segments in by_lane.items():
+        hold = f"lane:{lane}"
+        if not ledger.hold(hold, owner):
+            continue
+        try:
+            # Read again under the hold: its former owner may have delivered meanwhile.
+            segments = ledger.owed_deliveries(target.store_id, dataset, host, lane)
+            pairs: list[tuple[Segment, None]] = [(segment, None) for segment in segments]
+            for batch in _batches(pairs, batch_rows):
+                chosen = [segment for segment, _ in batch]
+                written = deliver_segments(ledger, spool, target, schema, chosen, [None] * len(chosen), clock)
+                tally.add(inserted=written.inserted, updated=written.updated, unchanged=written.unchanged)
+                delivered += sum(segment.rows for segment in chosen)
+        finally:
+            ledger.let_go(hold, owner)
+    return delivered
+
+
+def fill_from_siblings(
+    ledger: Ledger,
+    targets: Sequence[Target],
+    target: Target,
+    dataset: str,
+    schema: Schema,
+    request_hash: str,
+    subjects: Sequence[str],
+    *,
+    clock: Clock,
+    tally: Tally,
+    batch_rows: int,
+) -> int:
+    """Copy to a store what its siblings have and it has not (no request is sent); return how many rows.
+
+    Only what is final or has rows in a sibling is copied, with the sibling's own answer and time of asking.
+    """
+    import uuid
+
+    others = [other for other in targets if other.store_id != target.store_id]
+    if not others:
+        return 0
+    known = ledger.coverage([t.store_id for t in targets], dataset, request_hash, subjects)
+    mine = known[target.store_id]
+    copied = 0
+    lane = f"copy-{uuid.uuid4().hex[:12]}"
+    seq = 0
+    for other in others:
+        wanted: dict[tuple[Interval, ...], list[str]] = defaultdict(list)
+        for subject in subjects:
+            theirs = [
+                Interval(piece.start, piece.end)
+                for piece in known[other.store_id].get(subject, ())
+                if piece.answer in (Answer.ROWS, Answer.EMPTY)
+            ]
+            here = [
+                Interval(piece.start, piece.end)
+                for piece in mine.get(subject, ())
+                if piece.answer in (Answer.ROWS, Answer.EMPTY)
+            ]
+            missing = minus(theirs, here)
+            if missing:
+                wanted[tuple(missing)].append(subject)
+        for intervals, group in wanted.items():
+            for interval in intervals:
+                for frame in _rows_of(other.store, dataset, schema, group, interval, batch_rows):
+                    seq += 1
+                    stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
+                    mode = Mode.UPSERT
+                    written = target.store.write(Batch(dataset, schema, lane, seq, stamped, mode))
+                    tally.add(
+                        copied=frame.height,
+                        inserted=written.inserted,
+                        updated=written.updated,
+                        unchanged=written.unchanged,
+                    )
+                    copied += frame.height
+            pieces: dict[str, list[Covered]] = {}
+            for subject in group:
+                pieces[subject] = [
+                    Covered(span.start, span.end, piece.answer, piece.final, piece.asked_at, None)
+                    for piece in known[other.store_id].get(subject, ())
+                    if piece.answer in (Answer.ROWS, Answer.EMPTY)
+                    for span in within([Interval(piece.start, piece.end)], intervals)
+                ]
+            ledger.lay(target.store_id, dataset, request_hash, pieces)
+            for subject, laid in pieces.items():
+                mine[subject] = [*mine.get(subject, []), *laid]
+    return copied
+
+
+def _literals(segment_id: str, now: datetime) -> list[pl.Expr]:
+    import polars as pl
+
+    return [
+        pl.lit(segment_id).alias(SEGMENT_COLUMN),
+        pl.lit(now).cast(pl.Datetime("us", "UTC")).alias(INGESTED_COLUMN),
+    ]
+
+
+def _rows_of(
+    store: Store, dataset: str, schema: Schema, subjects: Sequence[str], interval: Interval, batch_rows: int
+) -> Iterator[pl.DataFrame]:
+    import polars as pl
+
+    since: datetime | date | None = None
+    until: datetime | date | None = None
+    if schema.time is not None:
+        since, until = bounds_for(schema, interval)
+    chosen = None if schema.subject is None or subjects == ["*"] else tuple(dict.fromkeys(subjects))
+    if schema.subject is not None and chosen is not None and any("|" in subject for subject in chosen):
+        chosen = None
+    held: list[pl.DataFrame] = []
+    rows = 0
+    for batch in store.arrow(dataset, Filter(chosen, since, until)):
+        frame = pl.DataFrame(pl.from_arrow(batch))
+        held.append(frame)
+        rows += frame.height
+        if rows >= batch_rows:
+            yield pl.concat(held).cast(dict(schema.polars()))  # type: ignore[arg-type]
+            held, rows = [], 0
+    if rows:
+        yield pl.concat(held).cast(dict(schema.polars()))  # type: ignore[arg-type]
+
+
+def bounds_for(schema: Schema, interval: Interval) -> tuple[datetime | date, datetime | date]:
+    """Return an interval's bounds as the time column has them: dates for a date column, else datetimes."""
+    if schema.time is not None and schema[schema.time].type is ColumnType.DATE:
+        return interval.start.date(), interval.end.date()
+    return interval.start, interval.end
+
+
+def check_target(target: Target, dataset: str, schema: Schema, ledger: Ledger) -> bool:
+    """Make sure the table is there and is the one the ledger knows; False when its coverage is void."""
+    try:
+        marker = target.store.ensure(dataset, schema)
+    except OSError as error:
+        raise StoreError(f"store {target.store_id} ({target.store.url}) cannot be opened: {error}") from error
+    return ledger.bind_store(target.store_id, dataset, target.store.url, marker)
