@@ -201,7 +201,11 @@ class WorkState(StrEnum):
     FAILED = "failed"
     DROPPED = "dropped"
     CANCELLED = "cancelled"
+    NOT_YET = "not_yet"  # answered "not published yet": asked again next run
     SPLIT = "split"  # replaced by its halves
+
+
+_FINISHED = [WorkState.DELIVERED.value, WorkState.SPLIT.value, WorkState.NOT_YET.value]
 
 
 class Desired(StrEnum):
@@ -999,7 +1003,7 @@ class Ledger:
                     for subject in unit.subjects:
                         count = rows_of.get(subject, row.rows if len(unit.subjects) == 1 else 0)
                         target[subject].extend(_answers(unit, row, count))
-                elif row.rows:
+                elif row.rows and row.state != WorkState.NOT_YET:
                     for subject in unit.subjects:
                         target[subject].append(
                             Covered(
@@ -1222,13 +1226,11 @@ class Ledger:
         """Delete finished work, segments and runs older than this (coverage stays); return how many units went."""
         before = self._clock.now() - older_than
         with self._write() as connection:
-            old = sa.select(_work.c.work_id).where(
-                _work.c.state.in_([WorkState.DELIVERED.value, WorkState.SPLIT.value]), _work.c.changed_at < before
-            )
+            old = sa.select(_work.c.work_id).where(_work.c.state.in_(_FINISHED), _work.c.changed_at < before)
             connection.execute(_part.delete().where(_part.c.work_id.in_(old)))
             gone = connection.execute(
                 _work.delete().where(
-                    _work.c.state.in_([WorkState.DELIVERED.value, WorkState.SPLIT.value]),
+                    _work.c.state.in_(_FINISHED),
                     _work.c.changed_at < before,
                 )
             ).rowcount

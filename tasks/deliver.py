@@ -1,4 +1,4 @@
-"""From the spool to the stores: deliveries while a run fetches, what is owed from earlier runs, and filling a new store.
+"""From the spool to the stores: deliveries while a run fetches, what earlier runs owe, and filling a new store.
 
 Each store is served by itself: one that is down keeps nobody waiting but its own deliveries.
 """
@@ -198,7 +198,7 @@ class Deliverer:
                     continue
                 self._fail(segments[0].dataset, str(error))
                 return False
-            except Exception as error:  # noqa: BLE001 - a delivery that breaks must not take the run's fetching with it
+            except Exception as error:
                 log.exception("delivery to %s", self._target.store_id)
                 self._fail(segments[0].dataset, f"{type(error).__name__}: {error}")
                 return False

@@ -40,7 +40,9 @@ class Watch:
     ):
         self.wake = threading.Event()
         self.stop: Stop | None = None
+        self.owner = owner
         self._ledger, self._plan, self._owner, self._clock = ledger, plan, owner, clock
+        self._holds: set[str] = set()
         self._in_maintenance = in_maintenance
         self._generation = ledger.control(plan).generation
         self._over = threading.Event()
@@ -68,6 +70,8 @@ class Watch:
         now = self._clock.timestamp()
         if now - self._renewed > LEASE_SECONDS / 3:
             self._ledger.renew(self._owner)
+            for name in list(self._holds):
+                self._ledger.hold(name, self._owner)
             self._renewed = now
         if self.stop is None:
             control = self._ledger.control(self._plan)
@@ -75,6 +79,15 @@ class Watch:
                 self.request(Stop.PAUSE if control.desired is Desired.PAUSE else Stop.CANCEL)
             elif self._in_maintenance():
                 self.request(Stop.MAINTENANCE)
+
+    def keep(self, hold: str) -> None:
+        """Renew a hold of this owner with the leases, from now on."""
+        self._holds.add(hold)
+
+    def release(self, hold: str) -> None:
+        """Give a hold back."""
+        self._holds.discard(hold)
+        self._ledger.let_go(hold, self._owner)
 
     def request(self, stop: Stop) -> None:
         """Ask the run to stop at its next page."""

@@ -1,0 +1,528 @@
+"""The fetching step: lease what is owed, follow each unit's chain of pages, act on every verdict, hand pages on.
+
+What an answer means is ruled in `providers/`; what then happens (DESIGN: the failure table) is here. The step runs its
+own threads, seals into the spool and delivers while it fetches; it ends when nothing is owed, time is up, or it must
+wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from providers.client import Ask, Outcome
+
+from marketsync.coverage import Answer, Covered, Interval, owed, within
+from marketsync.definition import Verdict
+from marketsync.durations import parse_span
+from marketsync.errors import Interrupted, LeaseLost, WaitingForQuota
+from marketsync.ledger import Segment, Work, WorkState
+from marketsync.planning import Unit, halves
+from tasks.deliver import Deliverer
+from tasks.segments import PageRows, SegmentWriter
+from tasks.tally import Counts, Note, Tally
+from tasks.watch import Watch
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from tasks.workspace import Scope
+
+log = logging.getLogger(__name__)
+
+COOL_DOWNS = 30  # in a row on one request before the unit is left for the next run
+LONGEST_BACK_OFF = 60.0
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Why a step asks no more: `state` is that of the units left over."""
+
+    verdict: Verdict
+    message: str
+    resume_at: datetime | None = None
+
+
+@dataclass
+class Fetched:
+    """What a fetching step did."""
+
+    dataset: str
+    counts: Counts = field(default_factory=Counts)
+    notes: list[Note] = field(default_factory=list)
+    more: bool = False  # time was up; units are still owed
+    halt: Halt | None = None
+    stopped: str | None = None  # paused, cancelled, maintenance, interrupted
+    stores_down: dict[str, str] = field(default_factory=dict)
+    started: datetime | None = None
+    ended: datetime | None = None
+
+
+class UnitSource:
+    """Hands out leased units to the threads of one step, planning lazily and claiming in small groups."""
+
+    def __init__(self, scope: Scope, owner: str, tally: Tally, threads: int):
+        self._scope, self._owner, self._tally = scope, owner, tally
+        self._lock = threading.Lock()
+        self._ready: deque[Work] = deque()
+        self._asked: deque[Unit] = deque()
+        self._chunk = max(2, threads)
+        self._largest = max(8, threads * 8)
+        self._planned: Iterator[Unit] = iter(())
+        self.elsewhere = 0
+        self.plan()
+
+    def plan(self) -> None:
+        """Plan anew from the coverage as it is now."""
+        with self._lock:
+            self._planned = self._scope.plan_units()
+            self.elsewhere = 0
+
+    def put_first(self, unit: Unit) -> None:
+        """Put a unit (half of one that was too large) in front."""
+        with self._lock:
+            self._asked.append(unit)
+
+    def next(self) -> Work | None:
+        """Lease the next unit; None when nothing more is owed (or it is in other hands: `elsewhere`)."""
+        with self._lock:
+            while not self._ready:
+                candidates = self._candidates()
+                if not candidates:
+                    return None
+                claims = self._scope.ledger.claim(
+                    run_id=self._scope.run_id,
+                    plan=self._scope.plan_name,
+                    dataset=self._scope.dataset,
+                    request_hash=self._scope.request_hash,
+                    candidates=candidates,
+                    owner=self._owner,
+                    still_owed=self._scope.still_owed,
+                    store_ids=self._scope.store_ids,
+                )
+                self._ready.extend(claims.work)
+                self.elsewhere += len(claims.elsewhere)
+                self._tally.add(units=len(claims.work))
+            return self._ready.popleft()
+
+    def _candidates(self) -> list[Unit]:
+        chosen: list[Unit] = []
+        while self._asked and len(chosen) < self._chunk:
+            chosen.append(self._asked.popleft())
+        for unit in self._planned:
+            chosen.append(unit)
+            if len(chosen) >= self._chunk:
+                break
+        self._chunk = min(self._largest, self._chunk * 2)
+        return chosen
+
+    def give_back(self) -> None:
+        """Give back what was leased and not begun."""
+        with self._lock:
+            self._scope.ledger.give_back(list(self._ready), self._owner)
+            self._tally.add(units=-len(self._ready))
+            self._ready.clear()
+
+
+class Fetcher:
+    """One fetching step of one dataset of one plan."""
+
+    def __init__(self, scope: Scope, watch: Watch, tally: Tally, *, seconds: float | None, threaded: bool = True):
+        self._scope, self._watch, self._tally = scope, watch, tally
+        self._clock = scope.clock
+        self._threaded = threaded
+        self._threads = scope.threads if threaded else 1
+        self._deadline = None if seconds is None else self._clock.timestamp() + seconds
+        self._halt: Halt | None = None
+        self._lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self._tried = 0
+        self._failed = 0
+        self._random = random.Random(scope.run_id)
+        self._broken: BaseException | None = None
+        tuning = scope.tuning
+        self._attempts = tuning.attempts or scope.definition.attempts
+        self._max_wait = parse_span(tuning.max_wait).seconds
+        self._back_off = parse_span(tuning.back_off).seconds
+
+    def run(self) -> Fetched:
+        """Fetch until nothing is owed, time is up, or everything must stop or wait."""
+        scope = self._scope
+        result = Fetched(scope.dataset, started=self._clock.now())
+        with ExitStack() as stack:
+            deliverers = [
+                stack.enter_context(
+                    Deliverer(
+                        scope.ledger,
+                        scope.spool,
+                        target,
+                        scope.schema,
+                        clock=self._clock,
+                        tally=self._tally,
+                        batch_rows=scope.plan.segment.rows,
+                        threaded=self._threaded,
+                    )
+                )
+                for target in scope.targets
+            ]
+            source = UnitSource(scope, self._watch.owner, self._tally, self._threads)
+
+            def sealed(segment: Segment, frame: pl.DataFrame | None) -> None:
+                for deliverer in deliverers:
+                    deliverer.put(segment, frame)
+
+            writer = stack.enter_context(
+                SegmentWriter(
+                    ledger=scope.ledger,
+                    spool=scope.spool,
+                    schema=scope.schema,
+                    gate=scope.gate,
+                    segmenting=scope.plan.segment,
+                    dataset=scope.dataset,
+                    run_id=scope.run_id,
+                    owner=self._watch.owner,
+                    host=scope.host,
+                    stores=scope.store_ids,
+                    watch=self._watch,
+                    clock=self._clock,
+                    tally=self._tally,
+                    final_until=scope.timing.final_until,
+                    sealed=sealed,
+                    threads=self._threads,
+                    threaded=self._threaded,
+                )
+            )
+            self._watch.keep(f"lane:{writer.lane}")
+            stack.callback(self._watch.release, f"lane:{writer.lane}")
+            while True:
+                self._round(source, writer)
+                source.give_back()
+                if self._broken is not None:
+                    raise self._broken
+                if not source.elsewhere or self._over():
+                    break
+                # Others hold living leases on the rest: what they leave is ours, so wait for them.
+                writer.flush()
+                for deliverer in deliverers:
+                    deliverer.flush()
+                if self._clock.sleep(1.0, self._watch.wake):
+                    break
+                source.plan()
+            result.more = self._time_is_up() and self._halt is None and self._watch.stop is None
+        for deliverer, target in zip(deliverers, scope.targets, strict=True):
+            if deliverer.down is not None:
+                result.stores_down[target.store_id] = deliverer.down
+        result.halt = self._halt
+        result.stopped = None if self._watch.stop is None else str(self._watch.stop)
+        result.counts = self._tally.counts
+        result.notes = self._tally.notes
+        result.ended = self._clock.now()
+        return result
+
+    def _round(self, source: UnitSource, writer: SegmentWriter) -> None:
+        if not self._threaded:
+            self._pull(source, writer)
+            return
+        threads = [
+            threading.Thread(target=self._pull, args=(source, writer), name=f"fetch-{self._scope.dataset}-{n}")
+            for n in range(self._threads)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _time_is_up(self) -> bool:
+        return self._deadline is not None and self._clock.timestamp() >= self._deadline
+
+    def _over(self) -> bool:
+        return self._halt is not None or self._watch.stop is not None or self._broken is not None or self._time_is_up()
+
+    def _pull(self, source: UnitSource, writer: SegmentWriter) -> None:
+        try:
+            while not self._over():
+                if not self._threaded:
+                    self._watch.look()
+                work = source.next()
+                if work is None:
+                    return
+                try:
+                    self._chain(work, source, writer)
+                except LeaseLost as lost:
+                    log.warning("%s", lost)
+        except Interrupted:
+            return
+        except BaseException as error:  # noqa: BLE001 - raised again by the step when every thread has ended
+            with self._lock:
+                self._broken = self._broken or error
+            self._watch.wake.set()
+
+    # ------------------------------------------------------------ one chain
+
+    def _chain(self, work: Work, source: UnitSource, writer: SegmentWriter) -> None:
+        scope, unit = self._scope, work.unit
+        ask = Ask(
+            dataset=scope.dataset_name,
+            values=dict(unit.values),
+            start=unit.start,
+            end=unit.end,
+            window_start=unit.window_start,
+            window_end=unit.window_end,
+            session=unit.session,
+        )
+        cursor = work.cursor
+        attempt = cooled = restarts = 0
+        rows = work.rows
+        while True:
+            if self._over():
+                self._leave(work, writer, cursor, WorkState.OWED)
+                return
+            try:
+                writer.admit()
+            except Interrupted:
+                self._leave(work, writer, cursor, WorkState.OWED)
+                return
+            try:
+                outcome = scope.client.ask(
+                    ask,
+                    cursor,
+                    max_wait_seconds=self._max_wait,
+                    wake=self._watch.wake,
+                    priority=scope.priority(unit),
+                )
+            except Interrupted:
+                writer.forgo()
+                self._leave(work, writer, cursor, WorkState.OWED)
+                return
+            except WaitingForQuota as wait:
+                writer.forgo()
+                self._wait_until(work, writer, cursor, wait.resume_at, str(wait))
+                return
+            except BaseException:
+                writer.forgo()
+                raise
+            self._tally.add(sent=1, bytes=outcome.bytes)
+            verdict = outcome.verdict
+            if verdict in (Verdict.ROWS, Verdict.EMPTY):
+                attempt = cooled = 0
+                rows += outcome.rows
+                last = outcome.cursor is None
+                writer.add(
+                    PageRows(
+                        work,
+                        WorkState.SEALED if last else WorkState.LEASED,
+                        outcome.cursor,
+                        outcome.sent_at,
+                        outcome.frame,
+                        outcome.rejected,
+                        outcome.rows,
+                        outcome.bytes,
+                        requests=1,
+                        restarted=restarts > 0,
+                        label=outcome.label,
+                    )
+                )
+                cursor = outcome.cursor
+                if last:
+                    self._tally.add(**({"done": 1} if rows else {"done": 1, "empty": 1}))
+                    self._succeeded()
+                    return
+                continue
+            writer.forgo()
+            if verdict is Verdict.RETRY:
+                attempt += 1
+                if attempt >= self._attempts:
+                    self._failed_unit(work, writer, cursor, outcome)
+                    return
+                self._tally.add(retried=1)
+                pause = min(LONGEST_BACK_OFF, self._back_off * 2 ** (attempt - 1)) * self._random.uniform(0.5, 1.0)
+                self._clock.sleep(max(pause, outcome.wait_seconds or 0.0), self._watch.wake)
+            elif verdict is Verdict.COOL_DOWN:
+                self._tally.add(cool_downs=1)
+                cooled += 1
+                seconds = outcome.wait_seconds or 0.0
+                if seconds > self._max_wait or cooled > COOL_DOWNS:
+                    until = outcome.until or outcome.answered_at + timedelta(seconds=max(seconds, 60.0))
+                    self._wait_until(work, writer, cursor, until, _said(outcome, "asks to wait longer than max_wait"))
+                    return
+                # The limiter holds every thread and process back until then; it is asked again at the next turn.
+            elif verdict is Verdict.QUOTA:
+                until = outcome.until or outcome.answered_at + timedelta(days=1)
+                self._wait_until(work, writer, cursor, until, _said(outcome, "says that the quota is spent"))
+                return
+            elif verdict is Verdict.NOT_YET:
+                self._tally.add(done=1, not_yet=1)
+                writer.add(
+                    PageRows(
+                        work,
+                        WorkState.NOT_YET,
+                        None,
+                        outcome.sent_at,
+                        answer=Answer.NOT_YET,
+                        label=outcome.label,
+                        error=outcome.message or None,
+                    )
+                )
+                self._note("not_yet", unit, outcome, "not published yet; asked again next run")
+                self._succeeded()
+                return
+            elif verdict is Verdict.SPLIT:
+                self._split(work, source, writer, outcome)
+                return
+            elif verdict is Verdict.RESTART:
+                restarts += 1
+                if restarts > 2:
+                    self._failed_unit(work, writer, None, outcome)
+                    return
+                cursor = None
+                self._tally.add(retried=1)
+            elif verdict is Verdict.DROP:
+                self._tally.add(dropped=1)
+                self._note("dropped", unit, outcome, "refused as a wrong request")
+                self._leave(work, writer, None, WorkState.DROPPED, outcome)
+                self._succeeded()
+                return
+            else:  # stop_provider, stop_dataset, refresh_auth that did not help, fail
+                self._stop(work, writer, cursor, outcome)
+                return
+
+    def _leave(
+        self,
+        work: Work,
+        writer: SegmentWriter,
+        cursor: Mapping[str, object] | None,
+        state: WorkState,
+        outcome: Outcome | None = None,
+        *,
+        resume_at: datetime | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End this worker's hold on a unit in the order of its pages: after those that are on their way."""
+        writer.add(
+            PageRows(
+                work,
+                state,
+                None if cursor is None else dict(cursor),
+                self._clock.now() if outcome is None else outcome.sent_at,
+                resume_at=resume_at,
+                label="" if outcome is None else outcome.label,
+                error=error or (None if outcome is None else outcome.message),
+            )
+        )
+
+    def _wait_until(
+        self,
+        work: Work,
+        writer: SegmentWriter,
+        cursor: Mapping[str, object] | None,
+        until: datetime,
+        message: str,
+    ) -> None:
+        self._tally.add(waiting=1)
+        self._note_text("waiting", work.unit, message, resume_at=until)
+        self._leave(work, writer, cursor, WorkState.WAITING, resume_at=until, error=message)
+        self._stop_all(Halt(Verdict.QUOTA, message, until))
+
+    def _failed_unit(
+        self, work: Work, writer: SegmentWriter, cursor: Mapping[str, object] | None, outcome: Outcome
+    ) -> None:
+        self._tally.add(failed=1)
+        self._note("failed", work.unit, outcome, f"failed {self._attempts} times")
+        self._leave(work, writer, cursor, WorkState.FAILED, outcome)
+        budget = self._scope.plan.budget
+        with self._lock:
+            self._tried += 1
+            self._failed += 1
+            self._failures_in_a_row += 1
+            spent = self._failures_in_a_row >= budget.in_a_row or (
+                self._tried >= 20 and self._failed > budget.share * self._tried
+            )
+        if spent:
+            self._stop_all(
+                Halt(
+                    Verdict.RETRY,
+                    f"{self._failed} of {self._tried} units failed ({self._failures_in_a_row} in a row): the failure "
+                    f"budget is spent, {self._scope.upstream_name} is left alone until the next run",
+                )
+            )
+
+    def _succeeded(self) -> None:
+        with self._lock:
+            self._tried += 1
+            self._failures_in_a_row = 0
+
+    def _split(self, work: Work, source: UnitSource, writer: SegmentWriter, outcome: Outcome) -> None:
+        parts = halves(work.unit, smallest=self._scope.grain)
+        if parts is None:
+            self._tally.add(failed=1)
+            self._note(
+                "failed",
+                work.unit,
+                outcome,
+                "one answer cannot hold these rows and the request cannot be made smaller; page the dataset, or use "
+                "shorter windows",
+            )
+            self._leave(work, writer, None, WorkState.FAILED, outcome)
+            return
+        self._leave(work, writer, None, WorkState.SPLIT, outcome)
+        # The parent's lease must have ended before its halves can be leased.
+        writer.flush()
+        self._tally.add(units=-1)
+        for part in parts:
+            source.put_first(part)
+
+    def _stop(self, work: Work, writer: SegmentWriter, cursor: Mapping[str, object] | None, outcome: Outcome) -> None:
+        self._tally.add(failed=1)
+        what = {
+            Verdict.STOP_PROVIDER: f"the key of {self._scope.upstream_name} is refused: nothing more is asked of it",
+            Verdict.REFRESH_AUTH: f"the token of {self._scope.upstream_name} is refused even when it is fresh",
+            Verdict.STOP_DATASET: f"no permission for {self._scope.dataset}: it is left out, other datasets go on",
+        }.get(outcome.verdict, f"an answer that the definition of {self._scope.upstream_name} does not explain")
+        if outcome.verdict is Verdict.FAIL and outcome.raw:
+            kept = self._scope.keep_answer(work.work_id, outcome.raw)
+            what = f"{what}; it is kept in {kept}"
+        self._note("stopped", work.unit, outcome, what)
+        self._leave(work, writer, cursor, WorkState.FAILED, outcome)
+        verdict = Verdict.STOP_PROVIDER if outcome.verdict is Verdict.REFRESH_AUTH else outcome.verdict
+        self._stop_all(Halt(verdict, _said(outcome, what)))
+
+    def _stop_all(self, halt: Halt) -> None:
+        with self._lock:
+            if self._halt is None:
+                self._halt = halt
+        self._scope.halted(halt)
+
+    def _note(self, kind: str, unit: Unit, outcome: Outcome, what: str) -> None:
+        self._note_text(kind, unit, _said(outcome, what), outcome.label)
+
+    def _note_text(
+        self, kind: str, unit: Unit, message: str, label: str = "", resume_at: datetime | None = None
+    ) -> None:
+        shown = ", ".join(unit.subjects[:5]) + (f" and {len(unit.subjects) - 5} more" if len(unit.subjects) > 5 else "")
+        self._tally.note(Note(kind, unit.dataset, shown, message, label, resume_at))
+
+
+def _said(outcome: Outcome, what: str) -> str:
+    words = f" — it says: {outcome.message}" if outcome.message else ""
+    return f"{what} (HTTP {outcome.status}){words}" if outcome.status else f"{what}{words}"
+
+
+def owed_of(
+    wanted: Sequence[Interval],
+    covered: Sequence[Covered],
+    *,
+    run_started: datetime,
+    restated_since: datetime | None,
+    refetch: bool,
+    only_failed: Sequence[Interval] | None,
+) -> list[Interval]:
+    """Return what a subject owes in this run (see `marketsync.coverage.owed`); with `only_failed`, only within it."""
+    result = owed(wanted, covered, run_started=run_started, restated_since=restated_since, refetch=refetch)
+    return result if only_failed is None else within(result, only_failed)
