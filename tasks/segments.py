@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from marketsync.clock import Clock
 from marketsync.coverage import Answer
 from marketsync.errors import LeaseLost
+from marketsync.gate import Batch, Gated
 from marketsync.ledger import Ledger, Part, Segment, Work, WorkState
 from marketsync.schema import Schema
 from marketsync.upstream import Segmenting
@@ -39,8 +40,7 @@ class PageRows:
     state: WorkState  # LEASED while the chain goes on
     cursor: dict[str, Any] | None
     asked_at: datetime
-    frame: pl.DataFrame | None = None
-    rejected: pl.DataFrame | None = None
+    batch: Batch | None = None
     rows: int = 0
     bytes: int = 0
     requests: int = 0
@@ -51,16 +51,7 @@ class PageRows:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Gated:
-    """Rows that passed the gate, those set aside (with `reason`), and how many were duplicates of a later one."""
-
-    frame: pl.DataFrame
-    rejected: pl.DataFrame | None
-    duplicates: int
-
-
-Gate = Callable[["pl.DataFrame", datetime, datetime], Gated]
+Gate = Callable[[Sequence[Batch]], Gated]
 
 
 @dataclass
@@ -250,18 +241,18 @@ class SegmentWriter:
                 self._changed.notify_all()
 
     def _seal(self, pages: Sequence[PageRows]) -> None:
-        frame, rejected, duplicates = self._gated(pages)
+        gated = self._gate([page.batch for page in pages if page.batch is not None])
+        frame, rejected, duplicates = gated.frame, gated.rejected, gated.duplicates
         seq = self._seq + 1
         segment_id = f"{self.lane}:{seq}"
         parts = self._parts(pages, frame)
         path, size = None, 0
-        if frame is not None and frame.height:
+        if frame.height:
             path, size = self._spool.write(self.lane, seq, frame)
-        set_aside = 0
-        if rejected is not None and rejected.height:
-            set_aside = rejected.height
+        set_aside = rejected.height
+        if set_aside:
             self._spool.set_aside(self._dataset, segment_id, rejected)
-        kept = frame.height if frame is not None else 0
+        kept = frame.height
         low, high = self._bounds(frame)
         segment = Segment(
             segment_id=segment_id,
@@ -307,36 +298,7 @@ class SegmentWriter:
         self._tally.sealed(segment)
         self._sealed(segment, frame)
 
-    def _gated(self, pages: Sequence[PageRows]) -> tuple[pl.DataFrame | None, pl.DataFrame | None, int]:
-        import polars as pl
-
-        groups: dict[tuple[datetime, datetime], list[pl.DataFrame]] = defaultdict(list)
-        rejects: list[pl.DataFrame] = []
-        for page in pages:
-            if page.frame is not None and page.frame.height:
-                unit = page.work.unit
-                groups[unit.window_start, unit.window_end].append(page.frame)
-            if page.rejected is not None and page.rejected.height:
-                rejects.append(page.rejected)
-        frames: list[pl.DataFrame] = []
-        duplicates = 0
-        for (start, end), chosen in groups.items():
-            gated = self._gate(pl.concat(chosen) if len(chosen) > 1 else chosen[0], start, end)
-            frames.append(gated.frame)
-            duplicates += gated.duplicates
-            if gated.rejected is not None and gated.rejected.height:
-                rejects.append(gated.rejected)
-        frame = None
-        if frames:
-            frame = pl.concat(frames) if len(frames) > 1 else frames[0]
-            if len(frames) > 1 and self._schema.time is None:
-                before = frame.height
-                frame = frame.unique(subset=list(self._schema.key), keep="last", maintain_order=True)
-                duplicates += before - frame.height
-        rejected = pl.concat(rejects, how="diagonal_relaxed") if rejects else None
-        return frame, rejected, duplicates
-
-    def _parts(self, pages: Sequence[PageRows], frame: pl.DataFrame | None) -> list[Part]:
+    def _parts(self, pages: Sequence[PageRows], frame: pl.DataFrame) -> list[Part]:
         by_work: dict[str, list[PageRows]] = defaultdict(list)
         for page in pages:
             by_work[page.work.work_id].append(page)
@@ -384,21 +346,21 @@ class SegmentWriter:
         column = self._schema.subject
         counts: dict[str, int] = defaultdict(int)
         for page in pages:
-            if page.frame is None or not page.frame.height:
+            if page.batch is None or not page.rows:
                 continue
-            if column is None or column not in page.frame.columns:
+            if column is None or column not in page.batch.frame.columns:
                 # Whose rows these are cannot be told: each subject is taken to have had an answer with rows.
                 for subject in subjects:
                     counts[subject] += page.rows
                 continue
-            for subject, rows in page.frame.group_by(column).len().iter_rows():
+            for subject, rows in page.batch.frame.group_by(column).len().iter_rows():
                 counts[str(subject)] += rows
         return dict(counts)
 
-    def _extents(self, frame: pl.DataFrame | None) -> Mapping[str, tuple[str, str]]:
+    def _extents(self, frame: pl.DataFrame) -> Mapping[str, tuple[str, str]]:
         import polars as pl
 
-        if frame is None or not frame.height or self._schema.time is None:
+        if not frame.height or self._schema.time is None:
             return {}
         time = pl.col(self._schema.time)
         bounds = [time.min().alias("low"), time.max().alias("high")]
@@ -430,8 +392,8 @@ class SegmentWriter:
             result[name] = (low, high)
         return result, overlaps
 
-    def _bounds(self, frame: pl.DataFrame | None) -> tuple[str | None, str | None]:
-        if frame is None or not frame.height or self._schema.time is None:
+    def _bounds(self, frame: pl.DataFrame) -> tuple[str | None, str | None]:
+        if not frame.height or self._schema.time is None:
             return None, None
         column = frame[self._schema.time]
         return _text(column.min()), _text(column.max())

@@ -14,6 +14,13 @@ from marketsync.errors import Interrupted
 from marketsync.ledger import LEASE_SECONDS, Desired, Ledger
 
 POLL_SECONDS = 0.5
+_watches: set[Watch] = set()
+
+
+def interrupt_all() -> None:
+    """Ask every run of this process to stop at its next page (SIGTERM, Ctrl-C, a Prefect cancellation)."""
+    for watch in list(_watches):
+        watch.request(Stop.SIGNAL)
 
 
 class Stop(StrEnum):
@@ -51,12 +58,14 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
+        _watches.add(self)
         if self._threaded:
             self._thread = threading.Thread(target=self._beat, name=f"watch-{self._plan}", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _watches.discard(self)
         self._over.set()
         if self._thread is not None:
             self._thread.join()

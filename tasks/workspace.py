@@ -26,6 +26,7 @@ from marketsync.definition import Dataset, Definition, request_hash
 from marketsync.durations import Unit as SpanUnit
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError
+from marketsync.gate import Batch, Gated, seal
 from marketsync.ledger import Ledger, WorkState, this_owner
 from marketsync.planning import Subject, Unit, day_start, instant, subjects_of, units
 from marketsync.schema import ColumnType, Schema
@@ -34,10 +35,8 @@ from marketsync.upstream import Plan, Tuning, Upstream
 from storage.protocol import Filter, Store
 from storage.spool import Spool
 from tasks.deliver import Target
-from tasks.segments import Gated
 
 if TYPE_CHECKING:
-    import polars as pl
     from providers.client import Client
 
     from providers.limits import Limiter
@@ -155,8 +154,6 @@ class Workspace:
                 self._make_state()
                 definition, settings = self.definition(upstream), self.upstream(upstream)
                 limits = definition.limits if settings.limits is None else settings.limits
-                for dataset in definition.datasets.values():
-                    limits = (*limits, *(limit for limit in dataset.limits if limit not in limits))
                 self._limiters[upstream] = Limiter(
                     self.state,
                     definition.provider,
@@ -164,6 +161,7 @@ class Workspace:
                     limits,
                     self.clock,
                     tier=settings.tier,
+                    dataset_limits={name: spec.limits for name, spec in definition.datasets.items() if spec.limits},
                 )
             return self._limiters[upstream]
 
@@ -346,7 +344,7 @@ class Scope:
         store = self.targets[0].store
         if store.schema(dataset) is None:
             raise ConfigurationError(
-                f"{self.dataset} asks over the rows of {dataset}, which is not in store {self.targets[0].store_id} yet; "
+                f"{self.dataset} asks over the rows of {dataset}, and store {self.store_ids[0]} does not have it yet; "
                 f"sync {dataset} first (put it before {self.dataset} in the plan)"
             )
         rows = store.scan(dataset, Filter(columns=tuple(dict.fromkeys([column, *where]))))
@@ -442,19 +440,9 @@ class Scope:
         recent = self.wanted and unit.end >= self.wanted[-1].end
         return self.plan.priority + (1_000_000 if recent else 0)
 
-    @cached_property
-    def gate(self) -> Callable[[pl.DataFrame, datetime, datetime], Gated]:
-        """The gate before the spool, for rows of one window."""
-        from marketsync.gate import gate
-
-        schema = self.schema
-        windowed = bool(self.spec.over.window or self.spec.over.session)
-
-        def through(frame: pl.DataFrame, start: datetime, end: datetime) -> Gated:
-            gated = gate(schema, frame, window=(start, end) if windowed else None)
-            return Gated(gated.frame, gated.rejected, gated.duplicates)
-
-        return through
+    def gate(self, batches: Sequence[Batch]) -> Gated:
+        """Pass the pages of a segment through the gate before the spool."""
+        return seal(self.spec, batches)
 
     def keep_answer(self, work_id: str, raw: str) -> str:
         """Keep a (redacted) answer that nobody understood beside the run; return its path."""

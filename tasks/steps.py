@@ -1,0 +1,167 @@
+"""The steps of a run as plain functions with small picklable arguments: prepare, fetch. Judging is in `judge.py`.
+
+A step names its workspace by the path of upstream.yml, so that threads, Prefect and Dask can all run it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from marketsync.errors import StoreError
+from marketsync.ledger import this_owner
+from tasks.deliver import check_target, deliver_owed, fill_from_siblings
+from tasks.fetch import Fetched, Fetcher
+from tasks.tally import Counts, Note, Tally
+from tasks.watch import Watch
+from tasks.workspace import Options, Scope, Workspace, open_workspace
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step is about."""
+
+    config: str
+    plan: str
+    dataset: str
+    run_id: str
+    run_started: datetime
+    options: Options = field(default_factory=Options)
+
+    def scope(self, workspace: Workspace | None = None) -> Scope:
+        """Open the scope in this process."""
+        return Scope(
+            workspace or open_workspace(self.config),
+            self.plan,
+            self.dataset,
+            self.run_id,
+            self.run_started,
+            self.options,
+        )
+
+
+@dataclass
+class Prepared:
+    """What stood between the last run and this one, and was done."""
+
+    dataset: str
+    counts: Counts = field(default_factory=Counts)
+    notes: list[Note] = field(default_factory=list)
+    drained: int = 0  # rows that were still in the spool
+    copied: int = 0  # rows that a store got from its sibling
+    void: list[str] = field(default_factory=list)  # stores whose table is not the one we knew
+    new_columns: list[str] = field(default_factory=list)
+    stores_down: dict[str, str] = field(default_factory=dict)
+
+
+_tallies: dict[str, list[Tally]] = {}
+_tallies_lock = threading.Lock()
+
+
+def tally_of(run_id: str) -> Tally:
+    """Make a tally that the progress display of this process can see."""
+    tally = Tally()
+    with _tallies_lock:
+        _tallies.setdefault(run_id, []).append(tally)
+    return tally
+
+
+def progress(run_id: str) -> Counts:
+    """Return the figures of a run of this process as they are now."""
+    with _tallies_lock:
+        tallies = list(_tallies.get(run_id, ()))
+    total = Counts()
+    for tally in tallies:
+        total = total.plus(tally.counts)
+    return total
+
+
+def forget_progress(run_id: str) -> None:
+    """Drop the figures of a run that has ended."""
+    with _tallies_lock:
+        _tallies.pop(run_id, None)
+
+
+def prepare(task: Task) -> Prepared:
+    """Make the tables, deliver what earlier runs left in the spool, fill stores from their siblings."""
+    scope = task.scope()
+    tally = tally_of(task.run_id)
+    result = Prepared(task.dataset, tally.counts, tally.notes)
+    columns = {column.name: str(column.type) for column in scope.schema.columns}
+    result.new_columns = scope.ledger.bind_dataset(task.dataset, scope.request_hash, scope.schema.hash(), columns)
+    ready = []
+    for target in scope.targets:
+        try:
+            if not check_target(target, task.dataset, scope.schema, scope.ledger):
+                result.void.append(target.store_id)
+            ready.append(target)
+        except StoreError as error:
+            result.stores_down[target.store_id] = str(error)
+    owner = this_owner()
+    for target in ready:
+        try:
+            result.drained += deliver_owed(
+                scope.ledger,
+                scope.spool,
+                target,
+                task.dataset,
+                scope.schema,
+                host=scope.host,
+                owner=owner,
+                clock=scope.clock,
+                tally=tally,
+                batch_rows=scope.plan.segment.rows,
+            )
+        except StoreError as error:
+            result.stores_down[target.store_id] = str(error)
+    configured = set(scope.workspace.loaded.configuration.stores)
+    for store_id in scope.ledger.stores_owed(task.dataset) - configured:
+        # The store is gone from upstream.yml: nobody will ever ask for these deliveries.
+        paths = scope.ledger.abandon_deliveries(store_id, task.dataset)
+        scope.spool.remove(paths)
+        scope.ledger.removed(paths)
+    ready = [target for target in ready if target.store_id not in result.stores_down]
+    for target in ready:
+        try:
+            result.copied += fill_from_siblings(
+                scope.ledger,
+                ready,
+                target,
+                task.dataset,
+                scope.schema,
+                scope.request_hash,
+                [subject.name for subject in scope.subjects],
+                clock=scope.clock,
+                tally=tally,
+                batch_rows=scope.plan.segment.rows,
+            )
+        except StoreError as error:
+            result.stores_down[target.store_id] = str(error)
+    for store_id, message in result.stores_down.items():
+        tally.note(Note("store", task.dataset, store_id, message))
+    return result
+
+
+def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fetched:
+    """Fetch what is owed, for at most about `seconds`; what is then still owed is told by `more`."""
+    scope = task.scope()
+    halt = scope.workspace.halts.get((task.run_id, scope.upstream_name))
+    if halt is not None:
+        return Fetched(task.dataset, halt=halt)
+    tally = tally_of(task.run_id)
+    with Watch(
+        scope.ledger,
+        task.plan,
+        this_owner(),
+        scope.clock,
+        in_maintenance=scope.workspace.in_maintenance,
+        threaded=threaded,
+    ) as watch:
+        return Fetcher(scope, watch, tally, seconds=seconds, threaded=threaded).run()
+
+
+def sweep(config: str) -> int:
+    """Remove segment files that no ledger row speaks of (a crash between the two); return how many."""
+    workspace = open_workspace(config)
+    return workspace.spool.sweep(workspace.ledger.spool_files(workspace.host))
