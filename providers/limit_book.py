@@ -79,7 +79,8 @@ class LimitBook(Protocol):
         ...
 
     def rows(self, dataset: str | None = None) -> list[Row]:
-        """Every reservation of the provider (or of one dataset) that is still kept, by the time it ends.
+        """Every reservation of the provider (or of one dataset) that is still kept: those under way, then the others
+        by their answers.
 
         Answered ones may come as a few sums, each at its latest answer.
         """
@@ -239,7 +240,7 @@ class SqliteBook:
             (*values, max(1, (keep[0] if keep else 0) // _SUMS)),
         ).fetchall()
         under_way = self._execute(f"SELECT {_COLUMNS} {which} AND answered_ms IS NULL ORDER BY until_ms", values)
-        return [Row(*row) for row in (*answered, *under_way)]
+        return [Row(*row) for row in (*under_way, *answered)]
 
     def changes(self) -> list[Row]:
         found = self._execute(

@@ -14,6 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 
 from marketsync.durations import DailyTime, Span, Unit
+from marketsync.errors import ConfigurationError
 
 # A window is held a little longer than it is: the provider may read its clock a moment after the answer reached us,
 # and two clocks may run 200 millionths apart (12 ms in a minute, 17 s in a day).
@@ -23,6 +24,7 @@ CLOCK_DRIFT = 200e-6
 RESET_MARGIN_MS = 2_000
 # A window remembers at most about this many answer times; later ones are rounded up into them.
 SLOTS_PER_WINDOW = 1_000
+HOUR_MS = 3_600_000
 
 
 class Kind(StrEnum):
@@ -46,6 +48,39 @@ class Refusal:
     resume_ms: int
 
 
+@dataclass(frozen=True)
+class LimitState:
+    """How one limit stands. `used` counts what is under way; `resets_at` is when the next unit comes free (a window,
+    None if all are free) or when the quota starts anew. A concurrency limit has no `per`."""
+
+    name: str
+    scope: str
+    kind: Kind
+    limit: int
+    used: int
+    per: Span | None = None
+    resets: DailyTime | None = None
+    resets_at: datetime | None = None
+
+    @property
+    def remaining(self) -> int:
+        """What is left, never below zero."""
+        return max(0, self.limit - self.used)
+
+
+def longest_ms(per: Span) -> int:
+    """Return the longest that a span can be, in milliseconds: a month is 31 days, a year 366."""
+    longest = {Unit.MONTH: 31 * 24 * HOUR_MS, Unit.YEAR: 366 * 24 * HOUR_MS}
+    if per.unit is Unit.SESSION:
+        raise ConfigurationError(f"A limit cannot be counted per {per}: write days, hours, minutes or seconds.")
+    return per.count * longest[per.unit] if per.unit in longest else round(per.seconds * 1000)
+
+
+def hold_ms(span_ms: int) -> int:
+    """Return how long after its answer a request counts in a window of this length."""
+    return span_ms + MARGIN_MS + int(span_ms * CLOCK_DRIFT)
+
+
 class Window:
     """A sliding window: how many units were answered in the last `span_ms`, kept as a running total.
 
@@ -58,7 +93,7 @@ class Window:
         self.limit = limit
         self.span_ms = span_ms
         self.per = per
-        self.hold_ms = span_ms + MARGIN_MS + int(span_ms * CLOCK_DRIFT)
+        self.hold_ms = hold_ms(span_ms)
         self.grain_ms = max(1, span_ms // SLOTS_PER_WINDOW)
         self.slots: deque[list[int]] = deque()  # [latest answer in the slot, units], ascending
         self.answered = 0
@@ -208,17 +243,23 @@ class Scope:
             self.pending_weight -= begun[1]
             self.under_way.pop(reservation, None)
         if weight:
+            if self._ends and self._ends[0][0] < answered_ms:
+                self._end_overdue(answered_ms)  # in order, so that none is rounded up to a later one
             for window in self.windows:
                 window.add(answered_ms, weight)
 
-    def expire(self, now_ms: int) -> None:
-        """Count the overdue as answered, and forget what windows no longer hold."""
+    def _end_overdue(self, now_ms: int) -> None:
         ends = self._ends
         while ends and ends[0][0] <= now_ms:
             until_ms, reservation = heapq.heappop(ends)
             begun = self.pending.get(reservation)
             if begun is not None and begun[0] == until_ms:
                 self.end(reservation, until_ms, begun[1])
+
+    def expire(self, now_ms: int) -> None:
+        """Count the overdue as answered, and forget what windows no longer hold."""
+        self._end_overdue(now_ms)
+        ends = self._ends
         if len(ends) > 64 and len(ends) > 4 * len(self.pending):
             self._ends = [(begun[0], reservation) for reservation, begun in self.pending.items()]
             heapq.heapify(self._ends)

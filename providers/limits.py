@@ -21,7 +21,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -33,10 +32,23 @@ from pyrate_limiter.abstracts.algorithm import Decision
 from marketsync.clock import Clock
 from marketsync.definition import Learn, Limit
 from marketsync.definition import Scope as Counted
-from marketsync.durations import DailyTime, Span, Unit, parse_daily_time, parse_span
+from marketsync.durations import Span, Unit, parse_daily_time, parse_span
 from marketsync.errors import ConfigurationError, Interrupted, MarketSyncError, WaitingForQuota
 from providers.limit_book import LimitBook, Row, SqliteBook
-from providers.limit_windows import RESET_MARGIN_MS, Kind, Quota, Refusal, Resets, Scope, Window
+from providers.limit_windows import (
+    HOUR_MS,
+    RESET_MARGIN_MS,
+    Kind,
+    LimitState,
+    Quota,
+    Refusal,
+    Resets,
+    Scope,
+    Window,
+    longest_ms,
+)
+
+__all__ = ["LimitState", "Limiter", "Reservation", "ReservationBucket", "limits_of_tier"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,26 +58,6 @@ POLL_SECONDS = 0.05  # only for a concurrency limit held by another process: whe
 YIELD_SECONDS = 0.5  # how long one that could go stands behind one of higher priority before it looks again
 LATE_SECONDS = 1.0  # a reservation that its thread finds later than this is given back
 SWEEP_EVERY = 4_096
-
-
-@dataclass(frozen=True)
-class LimitState:
-    """How one limit stands. `used` counts what is under way; `resets_at` is when the next unit comes free (a window,
-    None if all are free) or when the quota starts anew. A concurrency limit has no `per`."""
-
-    name: str
-    scope: str
-    kind: str
-    limit: int
-    used: int
-    per: Span | None = None
-    resets: DailyTime | None = None
-    resets_at: datetime | None = None
-
-    @property
-    def remaining(self) -> int:
-        """What is left, never below zero."""
-        return max(0, self.limit - self.used)
 
 
 class Permit(RateItem):
@@ -785,7 +777,7 @@ class Limiter:
         """
         if number < 1:
             return
-        span_ms = _span_ms(per)
+        span_ms = longest_ms(per)
         key = self.bucket.account_key if dataset is None else self.bucket.dataset_key(dataset)
         with self.bucket.transaction():
             scope = next((scope for scope in self.bucket.route(dataset or "") if scope.key == key), None)
@@ -837,28 +829,16 @@ def limits_of_tier(limits: Sequence[Limit], tier: str | None) -> tuple[Limit, ..
     return tuple(limit for limit in limits if tier is None or limit.tier is None or limit.tier == tier)
 
 
-_HOUR_MS = 3_600_000
-_DAY_MS = 24 * _HOUR_MS
-
-
-def _span_ms(per: Span) -> int:
-    """The longest that a span can be, in milliseconds: a month is 31 days, a year 366."""
-    longest = {Unit.MONTH: 31 * _DAY_MS, Unit.YEAR: 366 * _DAY_MS}
-    if per.unit is Unit.SESSION:
-        raise ConfigurationError(f"A limit cannot be counted per {per}: write days, hours, minutes or seconds.")
-    return per.count * longest[per.unit] if per.unit in longest else round(per.seconds * 1000)
-
-
 def _counter(limit: Limit) -> Window | Quota | None:
     if limit.requests is None or limit.per is None:
         return None
     per = parse_span(limit.per)
     if limit.resets is None:
-        return Window(limit.requests, _span_ms(per), per)
+        return Window(limit.requests, longest_ms(per), per)
     if per.count == 1:
         return Quota(limit.requests, per, Resets(per.unit, parse_daily_time(limit.resets)))
     # where a quota of several days begins is not known; a window of that length (and a clock change) holds wherever
-    return Window(limit.requests, _span_ms(per) + _HOUR_MS, per)
+    return Window(limit.requests, longest_ms(per) + HOUR_MS, per)
 
 
 def _count(scope: Scope, row: Row, now_ms: int) -> None:
@@ -882,7 +862,7 @@ def _fitting_window(scopes: Sequence[Scope], per: Span | None) -> tuple[Scope, W
     if per is not None:
         fitting = [(scope, window) for scope in scopes for window in scope.windows if window.per == per]
         return fitting[0] if fitting else None
-    quotas = [(scope, window) for scope in scopes for window in scope.windows if window.span_ms >= _HOUR_MS]
+    quotas = [(scope, window) for scope in scopes for window in scope.windows if window.span_ms >= HOUR_MS]
     return max(quotas, key=lambda found: found[1].span_ms, default=None)
 
 
