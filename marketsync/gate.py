@@ -101,9 +101,7 @@ def gate(
 # ---------------------------------------------------------------- judging
 
 
-def _judge(
-    schema: Schema, fields: Mapping[str, Field_], raw_of: Mapping[str, str], pages: Sequence[Batch]
-) -> Gated:
+def _judge(schema: Schema, fields: Mapping[str, Field_], raw_of: Mapping[str, str], pages: Sequence[Batch]) -> Gated:
     typed: list[pl.DataFrame] = []
     rejected = [page.rejected for page in pages if page.rejected.height]
     filled = [page for page in pages if page.frame.height]
@@ -468,9 +466,10 @@ def _iso_pattern(sample: str) -> str | None:
     return f"%Y-%m-%d{found['sep']}%H:%M{seconds}{fraction}{zone}"
 
 
-_ISO_PATTERNS = tuple(
-    f"%Y-%m-%d{sep}%H:%M{rest}{zone}" for rest in (":%S", ":%S%.f", "") for zone in ("Z", "", "%#z") for sep in "T "
-) + ("%Y-%m-%d",)
+_ISO_PATTERNS = (
+    *(f"%Y-%m-%d{sep}%H:%M{rest}{zone}" for rest in (":%S", ":%S%.f", "") for zone in ("Z", "", "%#z") for sep in "T "),
+    "%Y-%m-%d",
+)
 
 
 def _from_iso(raw: pl.Series, spec: Field_) -> pl.Series:
