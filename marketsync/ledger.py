@@ -208,6 +208,17 @@ class WorkState(StrEnum):
 _FINISHED = [WorkState.DELIVERED.value, WorkState.SPLIT.value, WorkState.NOT_YET.value]
 
 
+_ANY_SUBJECT = "**"
+
+
+class Binding(StrEnum):
+    """How a table stands to what the ledger knew of it."""
+
+    SAME = "same"
+    NEW = "new"
+    CHANGED = "changed"
+
+
 class Desired(StrEnum):
     """What the user wants of a plan."""
 
@@ -484,15 +495,15 @@ class Ledger:
 
     # ------------------------------------------------------------ stores and datasets
 
-    def bind_store(self, store_id: str, dataset: str, url: str, marker: str) -> bool:
-        """Note the table's marker; False (and the coverage is void) when it is not the one known: the table was
-        dropped, swapped or made anew, and what was believed to be in it is asked or copied again."""
+    def bind_store(self, store_id: str, dataset: str, url: str, marker: str) -> Binding:
+        """Note the table's marker. Where it is not the one known, the table was dropped, swapped or made anew: its
+        coverage is void, and what was believed to be in it is asked or copied again."""
         with self._write() as connection:
             row = connection.execute(
                 sa.select(_store.c.marker).where(_store.c.store_id == store_id, _store.c.dataset == dataset)
             ).first()
             if row is not None and row.marker == marker:
-                return True
+                return Binding.SAME
             if row is not None:
                 connection.execute(
                     _coverage.delete().where(_coverage.c.store_id == store_id, _coverage.c.dataset == dataset)
@@ -501,7 +512,19 @@ class Ledger:
             connection.execute(
                 _store.insert().values(store_id=store_id, dataset=dataset, url_redacted=url, marker=marker)
             )
-        return row is None
+        return Binding.NEW if row is None else Binding.CHANGED
+
+    def distrust(self, store_id: str, dataset: str) -> None:
+        """Note that a table held rows before the ledger knew it: nothing is ever appended to it unseen."""
+        always = Covered(
+            datetime.min.replace(tzinfo=UTC),
+            datetime.max.replace(tzinfo=UTC),
+            Answer.PARTIAL,
+            False,
+            self._clock.now(),
+            None,
+        )
+        self.lay(store_id, dataset, "", {_ANY_SUBJECT: [always]})
 
     def bind_dataset(self, dataset: str, request_hash: str, schema_hash: str, columns: Mapping[str, str]) -> list[str]:
         """Note the version of a dataset that is used now; return the columns that are new since an earlier version of
@@ -935,7 +958,9 @@ class Ledger:
                 return False
             units = [(row.work_id, unit_from_text(row.unit)) for row in works]
             subjects = list(dict.fromkeys(subject for _, unit in units for subject in unit.subjects))
-            known = self._coverage_in(connection, [store_id], dataset, None, subjects)[store_id]
+            known = self._coverage_in(connection, [store_id], dataset, None, [*subjects, _ANY_SUBJECT])[store_id]
+        if known.get(_ANY_SUBJECT):
+            return False
         return not any(
             touches(known.get(subject, ()), Interval(unit.window_start, unit.window_end), work_id)
             for work_id, unit in units

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marketsync.clock import Clock
 from marketsync.coverage import Answer, Covered, Interval, minus, within
 from marketsync.errors import StoreError
-from marketsync.ledger import Ledger, Segment
+from marketsync.ledger import Binding, Ledger, Segment
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Schema
 from storage.protocol import Batch, Filter, Mode, Store, Written
 from storage.spool import Spool
@@ -385,4 +385,7 @@ def check_target(target: Target, dataset: str, schema: Schema, ledger: Ledger) -
         marker = target.store.ensure(dataset, schema)
     except OSError as error:
         raise StoreError(f"store {target.store_id} ({target.store.url}) cannot be opened: {error}") from error
-    return ledger.bind_store(target.store_id, dataset, target.store.url, marker)
+    binding = ledger.bind_store(target.store_id, dataset, target.store.url, marker)
+    if binding is not Binding.SAME and target.store.count(dataset):
+        ledger.distrust(target.store_id, dataset)
+    return binding is not Binding.CHANGED
