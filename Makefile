@@ -37,12 +37,21 @@ test: env-test ## the everyday tests (ARGS="-k words" chooses)
 test-all: env-test ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
+CHECKS := check-style check-types check-layers check-tree check-docs
 check: env-test ## style, types, layers, documentation, and what must not be in the tree
+	@$(MAKE) --no-print-directory --keep-going $(CHECKS)
+
+.PHONY: $(CHECKS)
+check-style:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+check-types:
 	$(BIN)/pyright
+check-layers:
 	$(BIN)/lint-imports
+check-tree:
 	$(BIN)/python scripts/check_tree.py
+check-docs:
 	$(BIN)/zensical build --strict
 
 format: env-test ## put imports and layout in order
