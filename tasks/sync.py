@@ -1,0 +1,451 @@
+"""A run of a plan, described once for every runner: prepare, fetch, judge each dataset; then the report.
+
+`describe` strings the steps together on whatever `Runner` it is given; `sync` is the whole of it for one process
+without an orchestrator, with `--wait` and the user's word heard.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from marketsync.definition import Verdict
+from marketsync.errors import ExitCode, Interrupted, MarketSyncError, gravest
+from marketsync.ledger import Desired, RunRow
+from marketsync.report import (
+    DatasetReport,
+    QuotaLeft,
+    Remark,
+    RequestCounts,
+    RowCounts,
+    RunReport,
+    RunState,
+    TableSize,
+    Watermark,
+    WorkCounts,
+    state_after,
+    suggested,
+)
+from storage.protocol import Store
+from tasks.fetch import Fetched
+from tasks.runner import Pending, Runner, ThreadRunner
+from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
+from tasks.tally import Counts, Note
+from tasks.workspace import Options, Workspace, open_workspace
+
+ERRORS = ("failed", "stopped", "store")
+SHOWN_WATERMARKS = 1000
+
+
+@dataclass
+class Outcome:
+    """What the steps of one dataset gave."""
+
+    dataset: str
+    prepared: Prepared | None = None
+    fetched: list[Fetched] = field(default_factory=list)
+    judged: list[DatasetReport] = field(default_factory=list)
+
+
+def begin(config: str, plan: str) -> tuple[RunRow, RunState | None]:
+    """Open a run in the ledger; the state is given when it must not start (the plan is paused, or maintenance)."""
+    workspace = open_workspace(config)
+    control = workspace.ledger.control(plan)
+    if control.desired is Desired.PAUSE:
+        return workspace.ledger.open_run(plan), RunState.PAUSED
+    if control.desired is Desired.CANCEL:
+        # A cancellation was for the run it met; this is a new one.
+        workspace.ledger.set_control(plan, Desired.RUN)
+    if workspace.in_maintenance() or workspace.loaded.configuration.maintenance:
+        return workspace.ledger.open_run(plan), RunState.PAUSED
+    return workspace.ledger.open_run(plan, workspace_hash(workspace, plan)), None
+
+
+def workspace_hash(workspace: Workspace, plan: str) -> str:
+    """Return the hash of a plan as it stands, kept with its runs."""
+    import hashlib
+
+    return hashlib.sha256(workspace.plan(plan).model_dump_json().encode()).hexdigest()[:16]
+
+
+def describe(
+    config: str,
+    plan: str,
+    run: RunRow,
+    options: Options,
+    runner: Runner,
+    *,
+    seconds: float | None = None,
+    judge_step: Callable[[Task, datetime | None], list[DatasetReport]] | None = None,
+) -> list[Outcome]:
+    """Run the steps of a plan: each dataset is prepared, fetched in steps of about `seconds` (None: one step), judged.
+
+    Datasets go side by side, except that one whose subjects are another's rows comes after it.
+    """
+    workspace = open_workspace(config)
+    options = _told(workspace, plan, options)
+    judge_step = judge_step or judge
+    outcomes = {dataset: Outcome(dataset) for dataset in workspace.plan(plan).datasets}
+    tasks = {name: Task(config, plan, name, run.run_id, run.started, options) for name in outcomes}
+    threads: list[threading.Thread] = []
+    ended = {name: threading.Event() for name in outcomes}
+    failures: list[BaseException] = []
+
+    def one(name: str) -> None:
+        try:
+            for parent in _parents(workspace, name):
+                if parent in ended:
+                    ended[parent].wait()
+            task = tasks[name]
+            outcome = outcomes[name]
+            first = runner.submit(prepare, task, name=f"prepare {name}")
+            outcome.prepared = first.result()
+            last: Pending = first
+            more = True
+            while more:
+                last = runner.submit(fetch, task, seconds, after=[last], name=f"fetch {name}")
+                done: Fetched = last.result()
+                outcome.fetched.append(done)
+                more = done.more
+            outcome.judged = runner.submit(judge_step, task, None, after=[last], name=f"judge {name}").result()
+        except BaseException as error:  # noqa: BLE001 - raised again below, when all have ended
+            failures.append(error)
+        finally:
+            ended[name].set()
+
+    if len(outcomes) == 1:
+        one(next(iter(outcomes)))
+    else:
+        threads = [threading.Thread(target=one, args=(name,), name=f"dataset-{name}") for name in outcomes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return list(outcomes.values())
+
+
+def _parents(workspace: Workspace, dataset: str) -> list[str]:
+    upstream, _, name = dataset.partition(".")
+    spec = workspace.definition(upstream).datasets[name]
+    return [subjects.rows for subjects in spec.over.subjects.values() if subjects.rows is not None]
+
+
+def _told(workspace: Workspace, plan: str, options: Options) -> Options:
+    if options.retry_failed:
+        for dataset in workspace.plan(plan).datasets:
+            subject = options.only[0] if len(options.only) == 1 else None
+            workspace.ledger.retry(plan, dataset, subject)
+    return options
+
+
+def judge(task: Task, previous: datetime | None) -> list[DatasetReport]:
+    """Judge what the run touched of one dataset, in each store of the plan."""
+    from tasks.judgement import judge_scope
+
+    return judge_scope(task.scope())
+
+
+def finish(
+    config: str, plan: str, run: RunRow, outcomes: Sequence[Outcome], orchestrator: str = "threads"
+) -> RunReport:
+    """Put the report together, keep it, and close the run in the ledger."""
+    workspace = open_workspace(config)
+    report = reported(workspace, plan, run, outcomes, orchestrator)
+    keep(workspace, report)
+    workspace.ledger.close_run(
+        run.run_id,
+        str(report.state),
+        {
+            "requests": report.requests.sent,
+            "rows": report.rows.fetched,
+            "inserted": report.rows.inserted,
+            "seconds": report.seconds,
+            "resume_at": report.resume_at.isoformat() if report.resume_at else None,
+        },
+    )
+    forget_progress(run.run_id)
+    return report
+
+
+def keep(workspace: Workspace, report: RunReport) -> Path:
+    """Keep a report beside the ledger; `marketsync report` reads it from there."""
+    folder = workspace.state / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{report.run}.json"
+    path.write_text(report.to_json(), encoding="utf-8")
+    return path
+
+
+def kept(workspace: Workspace, run_id: str | None = None) -> RunReport | None:
+    """Return a kept report: that of a run, or the last one; None when there is none."""
+    folder = workspace.state / "reports"
+    if run_id is not None:
+        path = folder / f"{run_id}.json"
+        return RunReport.from_json(path.read_bytes()) if path.exists() else None
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    return RunReport.from_json(files[-1].read_bytes()) if files else None
+
+
+def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Outcome], orchestrator: str) -> RunReport:
+    """Put together what the steps gave."""
+    counts = Counts()
+    notes: list[Note] = []
+    down: dict[str, str] = {}
+    halts = []
+    stopped: set[str] = set()
+    for outcome in outcomes:
+        if outcome.prepared is not None:
+            counts = counts.plus(outcome.prepared.counts)
+            notes.extend(outcome.prepared.notes)
+            down.update(outcome.prepared.stores_down)
+        for part in outcome.fetched:
+            counts = counts.plus(part.counts)
+            notes.extend(part.notes)
+            down.update(part.stores_down)
+            if part.halt is not None:
+                halts.append(part.halt)
+            if part.stopped is not None:
+                stopped.add(part.stopped)
+    now = workspace.clock.now()
+    resume = [halt.resume_at for halt in halts if halt.resume_at is not None]
+    resume.extend(note.resume_at for note in notes if note.resume_at is not None)
+    if counts.not_yet and not resume:
+        resume.append(now + timedelta(hours=1))
+    judged = tuple(part for outcome in outcomes for part in outcome.judged)
+    judged = tuple(replace(part, state=down.get(part.store, part.state)) for part in judged)
+    findings = any(part.judgement is not None and part.judgement.findings for part in judged)
+    work = WorkCounts(
+        units=counts.units,
+        done=counts.done - counts.empty - counts.not_yet,
+        empty=counts.empty,
+        not_yet=counts.not_yet,
+        waiting=counts.waiting,
+        dropped=counts.dropped,
+        failed=counts.failed,
+        cancelled=counts.cancelled,
+    )
+    state = state_after(
+        work,
+        findings=findings,
+        stopped=bool(down) or any(halt.verdict is not Verdict.QUOTA for halt in halts),
+        waits_for_quota=any(halt.verdict is Verdict.QUOTA for halt in halts),
+        waits_for_publication=bool(counts.not_yet),
+        paused=bool(stopped - {"cancelled"}),
+        cancelled="cancelled" in stopped,
+    )
+    if state is RunState.CANCELLED:
+        workspace.ledger.cancel_work(plan)
+    remarks = [
+        Remark(
+            kind=note.kind,
+            dataset=note.dataset,
+            subject=note.subject,
+            message=note.message,
+            request=note.request,
+            resume_at=note.resume_at,
+        )
+        for note in dict.fromkeys(notes)
+    ]
+    for outcome in outcomes:
+        if outcome.prepared is not None and outcome.prepared.new_columns:
+            names = ", ".join(outcome.prepared.new_columns)
+            remarks.append(
+                Remark(
+                    kind="schema",
+                    dataset=outcome.dataset,
+                    message=f"new in the definition: {names}; rows that are there already have no value in them, "
+                    f"`marketsync sync {plan} --refetch` fills them",
+                )
+            )
+        if outcome.prepared is not None and outcome.prepared.void:
+            remarks.append(
+                Remark(
+                    kind="void",
+                    dataset=outcome.dataset,
+                    message=f"the table in {', '.join(outcome.prepared.void)} is not the one known (dropped, swapped "
+                    "or made anew): it is filled again",
+                )
+            )
+    waits = state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
+    report = RunReport(
+        run=run.run_id,
+        plan=plan,
+        state=state,
+        seconds=round((now - run.started).total_seconds(), 3),
+        work=work,
+        requests=RequestCounts(sent=counts.sent, retried=counts.retried, cool_downs=counts.cool_downs),
+        rows=RowCounts(
+            fetched=counts.fetched,
+            inserted=counts.inserted,
+            updated=counts.updated,
+            unchanged=counts.unchanged,
+            duplicates=counts.duplicates,
+            quarantined=counts.quarantined,
+        ),
+        bytes=counts.bytes,
+        resume_at=min(resume)
+        if resume and state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
+        else None,
+        errors=tuple(remark for remark in remarks if remark.kind in ERRORS),
+        started=run.started,
+        ended=now,
+        remarks=tuple(remark for remark in remarks if remark.kind not in ERRORS),
+        datasets=judged,
+        quotas=quotas_left(workspace, [outcome.dataset for outcome in outcomes]),
+        orchestrator=orchestrator,
+    )
+    return replace(report, next_steps=suggested(report))
+
+
+def quotas_left(workspace: Workspace, datasets: Iterable[str]) -> tuple[QuotaLeft, ...]:
+    """Return how the limits of the datasets' upstreams stand."""
+    result = []
+    for upstream in dict.fromkeys(dataset.partition(".")[0] for dataset in datasets):
+        for state in workspace.limiter(upstream).state():
+            result.append(
+                QuotaLeft(
+                    account=workspace.upstream(upstream).account or upstream,
+                    limit=state.name,
+                    allowed=state.limit,
+                    used=state.used,
+                    reset_at=state.resets_at,
+                )
+            )
+    return tuple(result)
+
+
+def table_report(dataset: str, store_id: str, store: Store, *, watermarks: bool = True) -> DatasetReport:
+    """Return how one dataset stands in one store: size and watermarks, no judgement."""
+    info = store.info(dataset)
+    marks = store.watermarks(dataset) if watermarks else {}
+    return DatasetReport(
+        dataset=dataset,
+        store=store_id,
+        store_url=store.url,
+        size=TableSize(
+            rows=info.rows, bytes=info.bytes, files=info.files, commits=info.commits, location=info.location
+        ),
+        watermarks=tuple(
+            Watermark(subject=subject, newest=newest.isoformat())
+            for subject, newest in sorted(marks.items())[:SHOWN_WATERMARKS]
+        ),
+    )
+
+
+def sync(
+    config: str | Path,
+    plans: Sequence[str] = (),
+    options: Options = Options(),
+    *,
+    wait: bool = False,
+    told: Callable[[str], None] = lambda _: None,
+    begun: Callable[[RunRow], None] = lambda _: None,
+    workers: int = 4,
+) -> list[RunReport]:
+    """Sync plans one after the other in this process (all of upstream.yml's when none is named), those of greater
+    priority first.
+
+    With `wait`, a plan that waits for a quota or publication is slept through and continued. `told` gets sentences
+    for people, `begun` every run as it begins.
+    """
+    path = str(Path(config).resolve())
+    workspace = open_workspace(path)
+    names = list(plans) or sorted(workspace.loaded.configuration.plans, key=lambda name: -workspace.plan(name).priority)
+    for name in names:
+        workspace.plan(name)
+    sweep(path)
+    reports: list[RunReport] = []
+    for name in names:
+        while True:
+            report = run_once(path, name, options, begun=begun, workers=workers)
+            waiting = report.state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
+            if not (wait and waiting and report.resume_at is not None):
+                break
+            seconds = max(1.0, (report.resume_at - workspace.clock.now()).total_seconds() + 1.0)
+            told(f"{name}: waiting until {report.resume_at:%Y-%m-%d %H:%M:%S} UTC, then going on")
+            try:
+                _sleep(workspace, name, seconds)
+            except Interrupted:
+                report = replace(report, state=RunState.PAUSED)
+                break
+        reports.append(report)
+    return reports
+
+
+def _sleep(workspace: Workspace, plan: str, seconds: float) -> None:
+    """Sleep through a quota, hearing the user's word."""
+    from tasks.watch import Watch
+
+    with Watch(workspace.ledger, plan, workspace.owner, workspace.clock) as watch:
+        workspace.clock.sleep(seconds, watch.wake)
+        watch.check()
+
+
+def run_once(
+    config: str,
+    plan: str,
+    options: Options,
+    *,
+    begun: Callable[[RunRow], None] = lambda _: None,
+    workers: int = 4,
+) -> RunReport:
+    """Run one plan once on threads of this process."""
+    run, state = begin(config, plan)
+    begun(run)
+    if state is not None:
+        return not_started(config, plan, run, state)
+    try:
+        with ThreadRunner(workers) as runner:
+            outcomes = describe(config, plan, run, options, runner)
+        return finish(config, plan, run, outcomes)
+    except MarketSyncError as error:
+        broken_off(config, run, error)
+        raise
+    except BaseException as error:
+        broken_off(config, run, error)
+        raise
+
+
+def not_started(config: str, plan: str, run: RunRow, state: RunState) -> RunReport:
+    """Close a run that must not start and report why."""
+    workspace = open_workspace(config)
+    paused = workspace.ledger.control(plan).desired is Desired.PAUSE
+    why = (
+        f"plan {plan} is paused; `marketsync resume {plan}` lets it run again"
+        if paused
+        else f"{config} says maintenance: true"
+    )
+    workspace.ledger.close_run(run.run_id, str(state), {})
+    return RunReport(
+        run=run.run_id,
+        plan=plan,
+        state=state,
+        started=run.started,
+        ended=workspace.clock.now(),
+        remarks=(Remark(kind="paused", message=why),),
+    )
+
+
+def broken_off(config: str, run: RunRow, error: BaseException) -> None:
+    """Note in the ledger that a run broke off."""
+    open_workspace(config).ledger.close_run(
+        run.run_id, str(RunState.FAILED), {"error": f"{type(error).__name__}: {error}"}
+    )
+
+
+def exit_code(reports: Iterable[RunReport]) -> ExitCode:
+    """Return the gravest exit code of some runs."""
+    return gravest(*(report.state.exit_code for report in reports))
+
+
+def as_json(reports: Sequence[RunReport]) -> str:
+    """Return the one object that `--json` prints: the report of one run, or the runs of several plans."""
+    if len(reports) == 1:
+        return reports[0].to_json()
+    return json.dumps({"runs": [json.loads(report.to_json()) for report in reports]}, indent=2)
