@@ -66,12 +66,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Written:
-    """What a write did, in rows; `already` is True when the lane was at or past `seq` and nothing was done."""
+    """What a write did, in rows; `already` is True when the lane was at or past `seq` and nothing was done.
+
+    `deleted` is only ever more than 0 for `replace`: rows of the span whose key is not in the frame.
+    """
 
     inserted: int = 0
     updated: int = 0
     unchanged: int = 0
     already: bool = False
+    deleted: int = 0
 
     def __add__(self, other: Written) -> Written:
         return Written(
@@ -79,6 +83,7 @@ class Written:
             self.updated + other.updated,
             self.unchanged + other.unchanged,
             self.already and other.already,
+            self.deleted + other.deleted,
         )
 
 

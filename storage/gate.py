@@ -1,0 +1,119 @@
+"""What a frame must be before a store may write it: the schema's columns, types, unique non-null keys, storable values.
+
+The gate in front of the spool judges rows and quarantines the bad ones; this one trusts nothing and raises, so that no
+engine ever gets a chance to change a value silently. It repairs nothing but the order of columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from marketsync.errors import SchemaError
+from marketsync.schema import Column, ColumnType, Schema
+from storage.evolution import required
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from storage.protocol import Capabilities
+
+_I64_MAX = 2**63 - 1
+_FLOATS = (ColumnType.F32, ColumnType.F64)
+
+
+def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capabilities) -> pl.DataFrame:
+    """Return the frame with the schema's columns and the system columns, in order.
+
+    Raises `SchemaError` that names the column and the count for: a missing or unknown column, another type, a null
+    in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999, and values that the
+    engine's capabilities say it would not give back.
+    """
+    types = schema.polars(system=True)
+    _columns(dataset, frame, types)
+    frame = frame.select(list(types))
+    if frame.is_empty():
+        return frame
+    _nulls(dataset, frame, schema)
+    _years(dataset, frame, schema)
+    for column in schema.columns:
+        _values(dataset, frame[column.name], column, capabilities)
+    _keys(dataset, frame, schema)
+    return frame
+
+
+def _columns(dataset: str, frame: pl.DataFrame, types: dict[str, pl.DataType]) -> None:
+    missing = [name for name in types if name not in frame.columns]
+    unknown = [name for name in frame.columns if name not in types]
+    if missing or unknown:
+        parts = [f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise SchemaError(f"a frame for {dataset} does not have the columns of its schema ({'; '.join(parts)})")
+    for name, type_ in types.items():
+        if frame.schema[name] != type_:
+            raise SchemaError(
+                f"column {name!r} of a frame for {dataset} is {frame.schema[name]} and must be {type_}; "
+                "cast it strictly before it is delivered"
+            )
+
+
+def _nulls(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
+    for name in required(schema):
+        if count := frame[name].null_count():
+            role = "key column" if name in schema.key else "non-nullable column"
+            raise SchemaError(
+                f"{role} {name!r} of a frame for {dataset} is null in {count} of {frame.height} rows; "
+                "quarantine those rows, or declare the column nullable"
+            )
+
+
+def _years(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
+    if schema.time is None:
+        return
+    from datetime import date
+
+    physical = frame[schema.time].drop_nulls()
+    if physical.is_empty():
+        return
+    per_day = {ColumnType.DATE: 1, ColumnType.DATETIME: 86_400_000_000, ColumnType.DATETIME_NS: 86_400_000_000_000}
+    day = per_day[schema[schema.time].type]
+    epoch = date(1970, 1, 1).toordinal()
+    physical = physical.to_physical()
+    low, high = int(physical.min()) // day + epoch, int(physical.max()) // day + epoch  # pyright: ignore[reportArgumentType]
+    if low < date.min.toordinal() or high > date.max.toordinal():
+        raise SchemaError(
+            f"time column {schema.time!r} of a frame for {dataset} has values outside the years 1 to 9999; "
+            "check the unit the definition gives it (s, ms, us, ns)"
+        )
+
+
+def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capabilities) -> None:
+    def refuse(count: int, what: str, remedy: str) -> None:
+        raise SchemaError(
+            f"column {column.name!r} of a frame for {dataset} has {count} values that this store cannot keep ({what}); "
+            f"{remedy}"
+        )
+
+    if column.type is ColumnType.U64 and not capabilities.unsigned_64:
+        if count := int((values > _I64_MAX).sum()):
+            refuse(count, f"greater than {_I64_MAX}", "declare the column str or f64, or use another store")
+    elif column.type is ColumnType.DATETIME_NS and not capabilities.nanoseconds:
+        if count := int((values.to_physical() % 1000 != 0).sum()):
+            refuse(count, "finer than a microsecond", "declare the column datetime or i64, or use another store")
+    elif column.type in _FLOATS and not capabilities.nan and (count := int((~values.is_finite()).sum())):
+        refuse(count, "NaN or infinite", "map them to null in the definition, or use another store")
+
+
+def _keys(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
+    import polars as pl
+
+    # 64-bit hashes that are all different prove that the keys are, at less than half the cost of comparing keys
+    key = list(schema.key)
+    hashes = pl.struct(key) if len(key) > 1 else pl.col(key)
+    if frame.select(hashes.hash().n_unique()).item() == frame.height:
+        return
+    twice = frame.filter(frame.select(schema.key).is_duplicated())
+    if not twice.is_empty():
+        first = ", ".join(f"{name}={value}" for name, value in twice.select(schema.key).row(0, named=True).items())
+        raise SchemaError(
+            f"{twice.height} of {frame.height} rows of a frame for {dataset} share a key with another row "
+            f"(the first: {first}); keep the last of each before it is delivered"
+        )

@@ -1,0 +1,64 @@
+"""What the stores made of files do alike with the lazy frames they scan: SQL, Arrow batches, counts, watermarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date, datetime
+from typing import TYPE_CHECKING
+
+from marketsync.errors import SchemaError, StoreError
+from marketsync.schema import Schema
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+ARROW_ROWS = 65_536
+EVERY_SUBJECT = "*"
+
+
+def query(sql: str, datasets: Sequence[str], scan: Callable[[str], pl.LazyFrame]) -> pl.DataFrame:
+    """Run one SELECT by polars; a table is written `provider.dataset`, and only tables that are named are opened.
+
+    Polars looks a dotted name up as a whole, so a table registered under its dotted name is found and the text of the
+    query stays as it is, literals included.
+    """
+    import polars as pl
+
+    # either quoting is possible, so a table counts as named when both halves of its name occur
+    named = [dataset for dataset in datasets if all(half in sql for half in dataset.split("."))]
+    try:
+        with pl.SQLContext({dataset: scan(dataset) for dataset in named}) as context:
+            return context.execute(sql, eager=True)
+    except pl.exceptions.PolarsError as error:
+        raise StoreError(
+            f"the query could not be run: {error}. Tables here: {', '.join(datasets) or 'none'}; "
+            'a name with - in it is written "provider.dataset" in double quotes'
+        ) from error
+
+
+def arrow(frame: pl.LazyFrame) -> Iterator[pa.RecordBatch]:
+    """Yield the frame's rows as Arrow record batches of at most `ARROW_ROWS` rows, one batch in memory at a time."""
+    for part in frame.collect_batches(chunk_size=ARROW_ROWS):
+        if part.height:
+            yield from part.to_arrow().to_batches()
+
+
+def count(frame: pl.LazyFrame) -> int:
+    """Return the number of rows."""
+    import polars as pl
+
+    return int(frame.select(pl.len()).collect(engine="streaming").item())
+
+
+def watermarks(frame: pl.LazyFrame, dataset: str, schema: Schema) -> dict[str, datetime | date]:
+    """Return the newest time of each subject; under `*` where there is no subject column."""
+    import polars as pl
+
+    if schema.time is None:
+        raise SchemaError(f"{dataset} has no time column, so it has no watermarks")
+    if schema.subject is None:
+        newest = frame.select(pl.col(schema.time).max()).collect(engine="streaming").item()
+        return {} if newest is None else {EVERY_SUBJECT: newest}
+    each = frame.group_by(schema.subject).agg(pl.col(schema.time).max()).collect(engine="streaming")
+    return {subject: newest for subject, newest in each.iter_rows() if subject is not None and newest is not None}

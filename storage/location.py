@@ -1,0 +1,38 @@
+"""Where things are: a store's URL to the folder it means, a dataset's name to its place in it.
+
+Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from marketsync.errors import ConfigurationError
+
+_DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def folder(url: str) -> Path:
+    """Return the absolute folder of `scheme://./relative`, `scheme://relative`, `scheme://~/home` or `scheme:///abs`.
+
+    Raises `ConfigurationError` for an URL with options (`?...`) or without a folder.
+    """
+    scheme, _, place = url.partition("://")
+    if not place or "?" in place or "#" in place:
+        raise ConfigurationError(
+            f"the store {url!r} does not name a folder: write {scheme}://./folder (beside the working directory) "
+            f"or {scheme}:///folder (absolute), without ? or #"
+        )
+    return Path(place).expanduser().resolve()
+
+
+def split(dataset: str) -> tuple[str, str]:
+    """Return (provider, name) of `provider.name`; raises `ConfigurationError` for anything else."""
+    if not _DATASET.fullmatch(dataset):
+        raise ConfigurationError(
+            f"{dataset!r} is not the name of a dataset: write provider.name with letters, digits, _ and -, "
+            "for example tushare.daily"
+        )
+    provider, _, name = dataset.partition(".")
+    return provider, name

@@ -1,0 +1,39 @@
+"""Every engine by the scheme of its URL, imported only when a store of it is opened."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from marketsync.errors import ConfigurationError
+from storage.protocol import Store
+
+# scheme: (module with `open_url(url, name)`, the package it needs, the extra that installs it)
+ENGINES = {
+    "delta": ("storage.delta", "deltalake", ""),
+}
+
+
+def open_store(url: str, name: str | None = None) -> Store:
+    """Return the store of `scheme://place`; `name` is what reports call it (the URL, without credentials, by default).
+
+    Raises `ConfigurationError` for a scheme that no engine has, for an engine whose package is not installed, and for
+    a place the engine cannot use; `StoreBusy` when the engine allows one process and another one has it.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in ENGINES:
+        known = ", ".join(f"{each}://" for each in sorted(ENGINES))
+        raise ConfigurationError(f"no store is known by {_shown(scheme)!r}; a store's URL begins with one of {known}")
+    module, package, extra = ENGINES[scheme]
+    if find_spec(package) is None:
+        raise ConfigurationError(
+            f"a {scheme}:// store needs the package {package}; install it with: pip install 'marketsync[{extra}]'"
+        )
+    return import_module(module).open_url(url, name or _shown(url))
+
+
+def _shown(url: str) -> str:
+    """Return the URL without user and password, which belong in no name, report or message."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    return scheme + separator + authority.rpartition("@")[2] + slash + path
