@@ -175,8 +175,8 @@ class Alpaca:
         return symbol, ts
 
     def with_limits(self, answer: Answer, admission: Admission | None) -> Answer:
-        if admission is None or any(name == "X-RateLimit-Limit" for name, _ in answer.headers):
-            return answer
+        if admission is None or answer.refused in ("too_frequent", "hour_quota", "day_quota"):
+            return answer  # a refusal carries its own
         return answer.with_headers(*_rate(admission.limit, admission.remaining, admission.reset))
 
     def say(self, fault: str, at: Circumstances) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Protocol
@@ -87,13 +87,22 @@ def published(market: Market, until: date | datetime | str | None, now: float) -
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a provider's words may mention: numbers for a refusal, and the options of an injected fault."""
+    """What a provider's words may mention: numbers for a refusal, and the options of an injected fault.
+
+    `limit` requests in `per_seconds`, or in whatever unit the words speak of; `reset` in Unix seconds.
+    """
 
     request: Request
     now: float
     limit: int = 200
+    per_seconds: float | None = None
     reset: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    tier: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def limit_per(self, unit_seconds: float) -> int:
+        """The limit told in another unit, as words that know only "a minute" or "an hour" must."""
+        return self.limit if self.per_seconds is None else max(1, round(self.limit * unit_seconds / self.per_seconds))
 
 
 class Front(Protocol):

@@ -60,7 +60,7 @@ OPTIONS = {
     "retry_after": "too_frequent, hour_quota, day_quota, unavailable: send Retry-After (default false)",
     "reset_header": "too_frequent, hour_quota, day_quota of Alpaca: send X-RateLimit-Reset (default true)",
     "limit": "too_frequent, hour_quota, day_quota: the number in the message",
-    "wording": "too_frequent of Tushare: 'new' for the newer message; bad_key, no_permission: see tushare.py",
+    "wording": "too_frequent of Tushare: 'new' for its newer message",
     "seconds": "timeout: how long the connection hangs (default 3600); slow: how long the body takes (default 1)",
     "at": "connection_reset: 'start' (default, before any byte) or 'middle' (of the body)",
     "cap": "full_page_no_token: rows of the cut page (default: the limit asked for)",

@@ -7,7 +7,7 @@ provider, a request or a clock.
 
 Every frame has the columns of `COLUMNS`: symbol, ts (microseconds since 1970 UTC: the bar's start, for a daily bar New
 York midnight), date (the session), open, high, low, close (currency units), volume (shares), adj (factor from raw to
-adjusted price), trades (count), vwap (currency units), pre_close (close of the bar before, null for the first).
+adjusted price), adj_close, trades (count), vwap (currency units), pre_close (the close before, null for the first).
 """
 
 from __future__ import annotations
@@ -27,7 +27,21 @@ from zoneinfo import ZoneInfo
 import polars as pl
 
 DAILY, MINUTE = "1Day", "1Min"
-COLUMNS = ["symbol", "ts", "date", "open", "high", "low", "close", "volume", "adj", "trades", "vwap", "pre_close"]
+COLUMNS = [
+    "symbol",
+    "ts",
+    "date",
+    "open",
+    "high",
+    "low",
+    "close",
+    "volume",
+    "adj",
+    "adj_close",
+    "trades",
+    "vwap",
+    "pre_close",
+]
 NEW_YORK = "America/New_York"
 MINUTE_US = 60_000_000
 END_OF_TIME = 2**62
@@ -207,19 +221,20 @@ def _complete(rows: pl.DataFrame, grain: str) -> pl.DataFrame:
     else:
         rows = rows.with_columns(pl.col("date").cast(pl.Date)).with_columns(new_york_midnight("date").alias("ts"))
     prices = [pl.col(c).cast(pl.Float64) for c in ("open", "high", "low", "close")]
-    given = set(rows.columns)
-    rows = rows.with_columns(*prices, pl.col("volume").cast(pl.Int64)).with_columns(
-        (pl.col("adj_close") / pl.col("close") if "adj_close" in given else pl.lit(1.0)).fill_null(1.0).alias("adj"),
-        (pl.col("trades") if "trades" in given else pl.col("volume") // 100).cast(pl.Int64).alias("trades"),
-        (pl.col("vwap") if "vwap" in given else _typical()).cast(pl.Float64).alias("vwap"),
-    )
+    rows = rows.with_columns(*prices, pl.col("volume").cast(pl.Int64))
+
+    def given_or(column: str, kind: type[pl.DataType], otherwise: pl.Expr) -> pl.Expr:
+        known = pl.col(column).cast(kind) if column in rows.columns else pl.lit(None, kind)
+        return pl.coalesce(known, otherwise.cast(kind)).alias(column)
+
+    rows = rows.with_columns(
+        given_or("adj_close", pl.Float64, pl.col("close")),
+        given_or("trades", pl.Int64, pl.col("volume") // 100),
+        # Neither source knows the traded average; the typical price stands for it so that the field is never absent.
+        given_or("vwap", pl.Float64, ((pl.col("high") + pl.col("low") + pl.col("close")) / 3).round(6)),
+    ).with_columns((pl.col("adj_close") / pl.col("close")).alias("adj"))
     rows = rows.unique(["symbol", "ts"], keep="last").sort("symbol", "ts")
     return rows.with_columns(pl.col("close").shift(1).over("symbol").alias("pre_close")).select(COLUMNS)
-
-
-def _typical() -> pl.Expr:
-    # Neither source knows the traded average; the typical price stands for it so that the field is never absent.
-    return ((pl.col("high") + pl.col("low") + pl.col("close")) / 3).round(6)
 
 
 def new_york_midnight(column: str) -> pl.Expr:
@@ -235,7 +250,7 @@ def daily_of(minutes: pl.DataFrame) -> pl.DataFrame:
         pl.min("low"),
         pl.last("close"),
         pl.sum("volume"),
-        pl.last("adj"),
+        pl.last("adj", "adj_close"),
         pl.sum("trades"),
         ((pl.col("vwap") * pl.col("volume")).sum() / pl.col("volume").sum()).round(6).alias("vwap"),
         pl.first("pre_close"),
@@ -410,10 +425,11 @@ class GeneratedMarket:
             "symbol",
             ts.alias("ts"),
             "date",
-            # Rounded because polars divides by a constant through its reciprocal, which is not exact: 48.480000000000004.
+            # Rounded because polars divides by a constant through its reciprocal: 4848 / 100 is 48.480000000000004.
             *((pl.col(c) / 100).round(2).alias(c) for c in ("open", "high", "low", "close")),
             (100 + 100 * (_noise(5) % 50_000)).alias("volume"),
             pl.lit(1.0).alias("adj"),
+            (pl.col("close") / 100).round(2).alias("adj_close"),
             (1 + _noise(5) % 50_000).alias("trades"),
             ((pl.col("high") + pl.col("low") + pl.col("close")) * 100 // 3 / 10_000).round(4).alias("vwap"),
             pl.when(pl.col("i") > 0).then((pl.col("previous") / 100).round(2)).alias("pre_close"),

@@ -236,7 +236,7 @@ class Nasdaq:
         if fault == "empty":
             none = pl.DataFrame(schema=dict.fromkeys(COLUMN_TYPES, pl.Float64))
             return Answer(200, _table(none, None), "empty")
-        tier = options.get("tier")
+        tier = at.tier
         daily = {
             ANONYMOUS: (
                 "QELx01",
@@ -378,7 +378,8 @@ def _prices(bars: pl.DataFrame) -> pl.DataFrame:
         pl.col("volume").cast(pl.Float64),
         pl.lit(0.0).alias("ex-dividend"),
         pl.lit(1.0).alias("split_ratio"),
-        *(adjusted(column) for column in ("open", "high", "low", "close")),
+        *(adjusted(column) for column in ("open", "high", "low")),
+        "adj_close",
         pl.col("volume").cast(pl.Float64).alias("adj_volume"),
     )
 

@@ -226,12 +226,15 @@ class Replica:
         """Serve until SIGTERM, SIGINT or `stop` from another thread."""
         self.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: self._stopping.set())
-        while not self._stopping.wait(3600):
-            continue
-        self.stop()
-        self._journal.close()
+            # As an exception, since setting the event in a signal handler could meet the lock that wait() holds.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            self._stopping.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.stop()
+            self._journal.close()
 
     def now(self) -> float:
         """The replica's time in Unix seconds."""
@@ -334,7 +337,8 @@ class Replica:
             seen = published(self._market, self._until, received)
             if rule is not None:
                 limit = rule.options.get("limit", admission.limit if admission else 200)
-                at = Circumstances(request, received, int(limit), options=dict(rule.options))
+                tier = account.tier if account else None
+                at = Circumstances(request, received, int(limit), tier=tier, options=rule.options)
 
                 def own(cut: int | None = None) -> Answer:
                     return front.say("bad_key", at) if account is None else front.answer(request, account, seen, cut)
@@ -344,7 +348,7 @@ class Replica:
                 answer = front.say("bad_key", Circumstances(request, received))
             elif admission is not None and admission.refused is not None:
                 window = admission.refused
-                words = Circumstances(request, received, window.requests, admission.reset, {"tier": account.tier})
+                words = Circumstances(request, received, window.requests, window.seconds, admission.reset, account.tier)
                 answer = front.say(window.refusal, words)
             else:
                 answer = front.answer(request, account, seen)

@@ -143,9 +143,9 @@ class Tushare:
             page = f"<html>\r\n<head><title>{words}</title></head>\r\n<body><h1>{words}</h1></body>\r\n</html>\r\n"
             return Answer(status, page.encode(), verdict, content_type=HTML, refused=fault)
         api = _call(at.request.path, at.request.body)["api_name"]
-        often = f"抱歉，您每分钟最多访问该接口{at.limit}次，{DETAILS}"
+        often = f"抱歉，您每分钟最多访问该接口{at.limit_per(60)}次，{DETAILS}"
         if options.get("wording") == "new":
-            often = f"抱歉，您访问接口({api})频率超限({at.limit}次/分钟)，详见文档"
+            often = f"抱歉，您访问接口({api})频率超限({at.limit_per(60)}次/分钟)，详见文档"
         code, words, verdict = {
             "too_many_rows": (
                 CODE["wrong_argument"],
@@ -153,7 +153,7 @@ class Tushare:
                 "split",
             ),  # ours
             "too_frequent": (CODE["limit"], often, "cool_down"),
-            "hour_quota": (CODE["limit"], f"抱歉，您每小时最多访问该接口{at.limit}次，{DETAILS}", "quota"),
+            "hour_quota": (CODE["limit"], f"抱歉，您每小时最多访问该接口{at.limit_per(3600)}次，{DETAILS}", "quota"),
             "day_quota": (CODE["limit"], f"抱歉，您每天最多访问该接口{at.limit}次，{DETAILS}", "quota"),
             "wrong_argument": (CODE["wrong_argument"], "参数错误", "drop"),
             "expired_token": (CODE["bad_key"], "您的token已过期，请重新获取。", "refresh_auth"),  # ours
