@@ -5,12 +5,13 @@ Only the shape is here; `marketsync check` validates it. Comparison and repair r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from marketsync.definition import Model, SpanText
-from marketsync.upstream import Name, StoreSpec, _as_store
+from marketsync.upstream import Name, StoreSpec, _as_store, _unknown
 
 
 class Link(Model):
@@ -66,15 +67,19 @@ class Maintenance(Model):
 
     @model_validator(mode="after")
     def _references(self) -> Self:
+        problems = list(self._broken_references())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _broken_references(self) -> Iterator[str]:
         for name, link in self.links.items():
             for store in link.stores:
                 if store not in self.stores:
-                    raise ValueError(f"links.{name}.stores: no store '{store}'; stores: {', '.join(self.stores)}")
+                    yield f"links.{name}.stores: {_unknown('store', store, self.stores)}"
             if link.policy not in self.policies:
-                raise ValueError(
-                    f"links.{name}.policy: no policy '{link.policy}'; policies: {', '.join(self.policies)}"
-                )
+                known = ", ".join(self.policies)
+                yield f"links.{name}.policy: there is no policy '{link.policy}'; policies: {known}"
         for name, policy in self.policies.items():
             if policy.authority is not None and policy.authority not in self.stores:
-                raise ValueError(f"policies.{name}.authority: no store '{policy.authority}'")
-        return self
+                yield f"policies.{name}.authority: {_unknown('store', policy.authority, self.stores)}"

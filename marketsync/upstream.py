@@ -5,21 +5,65 @@ How YAML is read with line numbers is in `configuration.py`; what a definition m
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from datetime import date, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from marketsync.definition import Limit, Model, SpanText
+from marketsync.definition import Limit, Model, SpanText, ZoneText
 from marketsync.durations import parse_daily_time
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
+STORE_SCHEMES = ("delta", "parquet", "csv", "chdb")
+
+
 def _daily_text(text: str) -> str:
     parse_daily_time(text)
     return text
+
+
+_CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
+_CRON_NAMES = re.compile(r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun", re.IGNORECASE)
+_CRON_PART = re.compile(r"(?:\*|(\d+)(?:-(\d+))?)(?:/[1-9]\d*)?")
+
+
+def _cron_text(text: str) -> str:
+    fields = text.split()
+    if len(fields) != len(_CRON_FIELDS):
+        raise ValueError(
+            f"'{text}' is not a cron expression; write minute, hour, day of month, month and day of week, "
+            "such as 0 19 * * 1-5"
+        )
+    for field, (what, least, most) in zip(fields, _CRON_FIELDS, strict=True):
+        for part in field.split(","):
+            found = _CRON_PART.fullmatch(_CRON_NAMES.sub(str(least), part))
+            numbers = [int(number) for number in found.groups() if number] if found else []
+            if not found or any(not least <= number <= most for number in numbers):
+                raise ValueError(f"'{field}' is not a {what} of a cron expression; write {least} to {most}, *, or */5")
+    return text
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _symbols(value: Any) -> Any:
+    """Read a list of symbols: numbers are taken as written, but what YAML takes for something else is refused."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    for item in value:
+        if isinstance(item, bool) or item is None or isinstance(item, (float, dict, list)):
+            word = "null" if item is None else str(item).lower() if isinstance(item, bool) else item
+            raise ValueError(f"one item is not a symbol but what YAML reads as {word!r}; put symbols in quotes: 'TRUE'")
+    return [str(item) for item in value]
+
+
+Symbols = Annotated[tuple[str, ...], BeforeValidator(_symbols)]
 
 
 class Tuning(Model):
@@ -50,15 +94,21 @@ class Upstream(Model):
         default=None,
         description="Limits are counted by this name: give two upstreams with one key the same. Default: the name.",
     )
-    tier: str | None = Field(default=None, description="Chooses among the definition's limits that name a tier.")
+    tier: str | None = Field(
+        default=None,
+        description="Chooses among the definition's limits that name a tier. Default: the tier that is named first.",
+    )
     limits: tuple[Limit, ...] | None = Field(default=None, description="Replaces the definition's limits.")
+    calendars: dict[str, str] = Field(
+        default={}, description="Overrides the calendar of a dataset, by dataset ({daily: XHKG})."
+    )
     tuning: Tuning = Field(default=Tuning(), description="Threads, attempts, waiting.")
 
 
 class Universe(Model):
     """A named list of subjects: written out, in a file (one a line, or a CSV column), or another dataset's rows."""
 
-    list: tuple[str, ...] | None = Field(default=None, description="The symbols themselves.")
+    list: Symbols | None = Field(default=None, description="The symbols themselves.")
     file: str | None = Field(
         default=None, description="A text file with one symbol a line (# begins a comment), or a CSV."
     )
@@ -74,9 +124,7 @@ class Universe(Model):
 
 
 def _as_universe(value: Any) -> Any:
-    if isinstance(value, list):
-        return {"list": [str(item) for item in value]}
-    return value
+    return {"list": value} if isinstance(value, list) else value
 
 
 UniverseSpec = Annotated[Universe, BeforeValidator(_as_universe)]
@@ -135,24 +183,26 @@ class Judge(Model):
 class Plan(Model):
     """Which datasets, over what, since when, into which stores, how often, judged how."""
 
-    datasets: Annotated[tuple[str, ...], BeforeValidator(lambda v: v if isinstance(v, list) else [v])] = Field(
+    datasets: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
         min_length=1, description="Datasets as upstream.dataset (alpaca.daily_bars)."
     )
-    universe: str | Annotated[tuple[str, ...], BeforeValidator(lambda v: [str(i) for i in v])] | None = Field(
+    universe: str | Symbols | None = Field(
         default=None, description="What $plan stands for in `over`: the name of a universe, or a list."
     )
     since: date | datetime | None = Field(default=None, description="The first day wanted.")
     until: date | datetime | None = Field(
         default=None, description="The last day wanted, included. Default: until now."
     )
-    stores: Annotated[tuple[Name, ...], BeforeValidator(lambda v: v if isinstance(v, list) else [v])] = Field(
+    stores: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more)] = Field(
         default=("default",), min_length=1, description="The stores that get every row."
     )
     priority: int = Field(
         default=0, description="Plans with a greater number run first; today's sessions come before all."
     )
-    schedule: str | None = Field(default=None, description="A cron expression for deployments, such as 0 19 * * 1-5.")
-    zone: str = Field(default="UTC", description="The time zone of `schedule`.")
+    schedule: Annotated[str, AfterValidator(_cron_text)] | None = Field(
+        default=None, description="A cron expression for deployments, such as 0 19 * * 1-5."
+    )
+    zone: ZoneText = Field(default="UTC", description="The time zone of `schedule`.")
     fresh_by: Annotated[str, AfterValidator(_daily_text)] | None = Field(
         default=None,
         description="The promise: a session's rows are there by this time, such as 19:00 America/New_York.",
@@ -182,20 +232,33 @@ class Configuration(Model):
 
     @model_validator(mode="after")
     def _references(self) -> Self:
+        problems = list(self._broken_references())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _broken_references(self) -> Iterator[str]:
+        """Tell of every name that is used and not given, one line each: field: message; remedy."""
         for name, plan in self.plans.items():
             for dataset in plan.datasets:
                 upstream, dot, _ = dataset.partition(".")
                 if not dot:
-                    raise ValueError(f"plans.{name}.datasets: '{dataset}' is not upstream.dataset (alpaca.daily_bars)")
-                if upstream not in self.upstreams:
-                    known = ", ".join(self.upstreams) or "none"
-                    raise ValueError(f"plans.{name}.datasets: no upstream '{upstream}'; upstreams: {known}")
+                    yield f"plans.{name}.datasets: '{dataset}' is not upstream.dataset; write alpaca.daily_bars"
+                elif upstream not in self.upstreams:
+                    yield f"plans.{name}.datasets: {_unknown('upstream', upstream, self.upstreams)}"
             for store in plan.stores:
                 if store not in self.stores:
-                    raise ValueError(f"plans.{name}.stores: no store '{store}'; stores: {', '.join(self.stores)}")
+                    yield f"plans.{name}.stores: {_unknown('store', store, self.stores)}"
             if isinstance(plan.universe, str) and plan.universe not in self.universes:
-                known = ", ".join(self.universes) or "none"
-                raise ValueError(f"plans.{name}.universe: no universe '{plan.universe}'; universes: {known}")
+                yield f"plans.{name}.universe: {_unknown('universe', plan.universe, self.universes)}"
             if plan.since and plan.until and str(plan.until) < str(plan.since):
-                raise ValueError(f"plans.{name}.until: {plan.until} is before since: {plan.since}")
-        return self
+                yield f"plans.{name}.until: {plan.until} is before since, {plan.since}; swap them"
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    from marketsync.document import closest
+
+    near = closest(name, list(known))
+    plural = "universes" if what == "universe" else f"{what}s"
+    hint = f"did you mean {near}? " if near else ""
+    return f"there is no {what} '{name}'; {hint}{plural}: {', '.join(known) or 'none yet'}"

@@ -1,0 +1,957 @@
+"""Loading and checking the three kinds of file: definitions, upstream.yml, maintenance.yml.
+
+A loaded configuration is ready to run: every definition is found, merged with what its upstream overrides, and
+known to fit the plans. Every problem of every file is gathered and raised at once. What needs more than the files'
+own words (calendars, universe files, secrets) is looked up by `inspect_file` only, for `marketsync check`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from marketsync.definition import Dataset, Definition, Limit, Subjects
+from marketsync.document import Document, FieldPath, closest, dotted, read_document
+from marketsync.durations import parse_span
+from marketsync.errors import ConfigurationError, Problem
+from marketsync.upstream import STORE_SCHEMES, Configuration, Plan, Universe, Upstream
+
+if TYPE_CHECKING:
+    from marketsync.maintenance import Maintenance
+
+SHIPPED = Path(__file__).resolve().parent.parent / "providers" / "definitions"
+DEFAULT_FILE = "upstream.yml"
+WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
+SECRET = re.compile(r"\$secret\.([A-Za-z_][A-Za-z0-9_]*)")
+_NAME = re.compile(r"\$(?!\$)([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_-]+)?)")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Kind(StrEnum):
+    """Which of the three a file is."""
+
+    UPSTREAM = "upstream"
+    DEFINITION = "definition"
+    MAINTENANCE = "maintenance"
+
+
+# What only one kind of file has at its top; the more of them, the surer.
+_MARKS = {
+    Kind.DEFINITION: {"provider", "base_url", "datasets", "auth", "faults", "request", "response", "page", "limits"},
+    Kind.MAINTENANCE: {"links", "policies", "reporting", "tuning"},
+    Kind.UPSTREAM: {"upstreams", "plans", "universes", "market_hours", "state", "ledger", "maintenance"},
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and what belongs to it.
+
+    `definitions` maps each upstream to its definition with the upstream's overrides in it: base_url, attempts,
+    limits (those of its tier only), calendars, and `rows` references in terms of upstreams.
+    """
+
+    path: Path
+    configuration: Configuration
+    definitions: Mapping[str, Definition]
+    warnings: tuple[Problem, ...] = ()
+    _universes: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def base(self) -> Path:
+        """The folder of the file; what is relative in it is relative to this."""
+        return self.path.parent
+
+    @property
+    def state(self) -> Path:
+        """The folder of ledger, spool and limits."""
+        return self.base / self.configuration.state
+
+    def upstream(self, name: str) -> Upstream:
+        """Return an upstream's own settings (defaults where the file gives none)."""
+        return self.configuration.upstreams[name] or Upstream()
+
+    def account(self, name: str) -> str:
+        """Return the name that an upstream's limits are counted by."""
+        return self.upstream(name).account or name
+
+    def dataset(self, name: str) -> Dataset:
+        """Return a dataset by upstream.dataset; `ConfigurationError` lists what there is."""
+        upstream, _, dataset = name.partition(".")
+        definition = self.definitions.get(upstream)
+        if definition is not None and dataset in definition.datasets:
+            return definition.datasets[dataset]
+        known = [f"{up}.{one}" for up, spec in self.definitions.items() for one in spec.datasets]
+        near = closest(name, known)
+        hint = f"did you mean {near}? " if near else ""
+        raise ConfigurationError(f"there is no dataset '{name}'; {hint}datasets: {', '.join(known) or 'none'}")
+
+    def plan(self, name: str) -> Plan:
+        """Return a plan by name; `ConfigurationError` lists what there is."""
+        plans = self.configuration.plans
+        if name in plans:
+            return plans[name]
+        near = closest(name, list(plans))
+        hint = f"did you mean {near}? " if near else ""
+        known = ", ".join(plans) or "none yet (marketsync plan add)"
+        raise ConfigurationError(f"{self.path}: there is no plan '{name}'; {hint}plans: {known}")
+
+    def store_url(self, name: str) -> str:
+        """Return a store's URL with a relative folder made absolute: it is relative to the file, not to the shell."""
+        url = self.configuration.stores[name].url
+        scheme, _, place = url.partition("://")
+        if scheme in STORE_SCHEMES and place and not place.startswith(("/", "~", "$")):
+            return f"{scheme}://{(self.base / place).resolve()}"
+        return url
+
+    def universe(self, name: str) -> tuple[str, ...] | Universe:
+        """Return the symbols of a universe, without repetitions, in order.
+
+        A universe of another dataset's rows is returned as it stands: reading it takes a store. Raises
+        `ConfigurationError` for an unknown name, a missing or an empty file.
+        """
+        if name in self._universes:
+            return self._universes[name]
+        universes = self.configuration.universes
+        if name not in universes:
+            near = closest(name, list(universes))
+            hint = f"did you mean {near}? " if near else ""
+            raise ConfigurationError(
+                f"{self.path}: there is no universe '{name}'; {hint}universes: {', '.join(universes) or 'none yet'}"
+            )
+        spec = universes[name]
+        if spec.rows is not None:
+            return spec
+        symbols = _symbols_of(spec, self.base) if spec.file is not None else tuple(dict.fromkeys(spec.list or ()))
+        self._universes[name] = symbols
+        return symbols
+
+    def universe_of(self, plan: str) -> tuple[str, ...] | Universe | None:
+        """Return what `$plan` stands for in a plan (see `universe`); None when the plan names none."""
+        chosen = self.plan(plan).universe
+        if chosen is None:
+            return None
+        return self.universe(chosen) if isinstance(chosen, str) else tuple(dict.fromkeys(chosen))
+
+    @cached_property
+    def secrets(self) -> tuple[str, ...]:
+        """The names of the secrets that the upstreams, the ledger and the stores mention."""
+        texts = [definition.auth.model_dump_json() for definition in self.definitions.values()]
+        texts += [
+            definition.model_dump_json(include={"request", "datasets"}) for definition in self.definitions.values()
+        ]
+        texts += [store.url for store in self.configuration.stores.values()] + [self.configuration.ledger or ""]
+        return tuple(dict.fromkeys(name for text in texts for name in SECRET.findall(text)))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `marketsync check` found in a file: what it is, what is wrong, what to think of, what it holds."""
+
+    kind: Kind | None
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] = ()
+    summary: str = ""
+
+
+# ------------------------------------------------------------ loading
+
+
+def load_configuration(path: Path | str = DEFAULT_FILE) -> Loaded:
+    """Load upstream.yml with the definitions that it names.
+
+    Raises `ConfigurationError` with every problem of the file, of the definitions and between them.
+    """
+    path = Path(path)
+    loaded, problems = _loaded(path, read_document(path))
+    if problems or loaded is None:
+        raise ConfigurationError(problems)
+    return loaded
+
+
+def load_definition(source: Path | str) -> Definition:
+    """Load one definition: a file, or the name of one that is shipped (`alpaca`).
+
+    Raises `ConfigurationError` with every problem.
+    """
+    path = Path(source)
+    if isinstance(source, str) and _is_shipped_name(source):
+        path = SHIPPED / f"{source}.yml"
+        if not path.exists():
+            raise ConfigurationError(_no_definition(source))
+    definition, problems = _definition(read_document(path))
+    if problems or definition is None:
+        raise ConfigurationError(problems)
+    return definition
+
+
+def load_maintenance(path: Path | str) -> Maintenance:
+    """Load maintenance.yml. Raises `ConfigurationError` with every problem."""
+    maintenance, problems = _maintenance(read_document(Path(path)))
+    if problems or maintenance is None:
+        raise ConfigurationError(problems)
+    return maintenance
+
+
+def shipped_definitions() -> dict[str, Path]:
+    """Return the definitions that come with MarketSync, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yml"))}
+
+
+def check_file(path: Path | str) -> list[Problem]:
+    """Return every problem of a definition, an upstream.yml or a maintenance.yml; see `inspect_file`."""
+    return list(inspect_file(path).problems)
+
+
+def inspect_file(path: Path | str, *, secrets_required: bool = False) -> Inspection:
+    """Check a file of any of the three kinds, recognised by what is in it; nothing is raised.
+
+    Looks further than loading does: calendars must exist, universe files must hold symbols, secrets should have
+    values (warnings, or problems with `secrets_required`).
+    """
+    path = Path(path)
+    kind: Kind | None = None
+    try:
+        document = read_document(path)
+        kind = kind_of(document)
+        if kind is Kind.DEFINITION:
+            return _inspected_definition(document)
+        if kind is Kind.MAINTENANCE:
+            return _inspected_maintenance(document)
+        return _inspected_configuration(path, document, secrets_required)
+    except ConfigurationError as error:
+        return Inspection(kind, tuple(error.problems))
+
+
+def kind_of(document: Document) -> Kind:
+    """Tell which kind of file this is by its top-level fields; `ConfigurationError` when there is no telling."""
+    value = document.value
+    if not isinstance(value, dict):
+        is_what = "a list" if isinstance(value, list) else "a text"
+        raise ConfigurationError(
+            [
+                Problem(
+                    document.name,
+                    1,
+                    "",
+                    f"the file holds {is_what}, not fields",
+                    "begin with upstreams: (upstream.yml), provider: (a definition) or links: (maintenance.yml)",
+                )
+            ]
+        )
+    score = {kind: len(marks & value.keys()) for kind, marks in _MARKS.items()}
+    best = max(score, key=lambda kind: score[kind])
+    if score[best] == 0:
+        for kind, marks in _MARKS.items():
+            if any(closest(name, list(marks)) for name in value):
+                return kind
+        if "stores" in value:
+            return Kind.UPSTREAM
+        raise ConfigurationError(
+            [
+                Problem(
+                    document.name,
+                    1,
+                    "",
+                    "this is neither an upstream.yml, a definition nor a maintenance.yml: "
+                    f"none of its fields ({', '.join(map(str, value))}) belongs to one",
+                    "begin with upstreams:, provider: or links:",
+                )
+            ]
+        )
+    return best
+
+
+# ------------------------------------------------------------ one file's models
+
+
+def _definition(document: Document) -> tuple[Definition | None, list[Problem]]:
+    """Return the definition (what of it can be understood) and everything that is wrong with it."""
+    definition, problems = _modelled(document, Definition)
+    if definition is not None:
+        problems += _Definition(document, definition).problems()
+    return definition, _in_order(problems)
+
+
+def _maintenance(document: Document) -> tuple[Maintenance | None, list[Problem]]:
+    from marketsync.maintenance import Maintenance
+
+    maintenance, problems = _modelled(document, Maintenance)
+    if maintenance is not None:
+        for name, store in maintenance.stores.items():
+            problems += _scheme_problems(document, ("stores", name), store.url)
+    return maintenance, _in_order(problems)
+
+
+# Where a part of a file is wrong, the rest is still checked with one of these in its place.
+_STAND_INS: dict[tuple[str, ...], Any] = {
+    ("provider",): "unknown",
+    ("base_url",): "https://unknown.invalid",
+    ("upstreams", "*"): None,
+    ("universes", "*"): ["_"],
+    ("stores", "*"): "delta://./unknown",
+    ("policies", "*"): {},
+}
+_NAMED_PARTS = ("datasets", "plans", "links", "upstreams", "universes", "stores", "policies", "market_hours")
+
+
+def _modelled(document: Document, model: type[_Model]) -> tuple[_Model | None, list[Problem]]:
+    """Validate; where that fails, validate again without the broken parts, to find what else is wrong."""
+    if not isinstance(document.value, dict):
+        kind_of(document)
+    value = document.value
+    problems: list[Problem] = []
+    for _ in range(6):
+        try:
+            return model.model_validate(value), problems
+        except ValidationError as error:
+            from marketsync.explaining import located
+
+            fresh = located(error, document, model)
+            known = {(problem.field, problem.message) for problem in problems}
+            problems += [problem for _, problem in fresh if (problem.field, problem.message) not in known]
+            value = dict(value)
+            for path, _ in fresh:
+                _without(value, path)
+    return None, problems
+
+
+def _without(value: dict[str, Any], path: FieldPath) -> None:
+    """Take the smallest named part that holds the path out of `value` (which is changed, but no part of it)."""
+    if not path:
+        return
+    top = str(path[0])
+    part = value.get(top)
+    if top in _NAMED_PARTS and len(path) > 1 and isinstance(part, dict):
+        part = dict(part)
+        name = str(path[1])
+        if (top, "*") in _STAND_INS and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            part[name] = _STAND_INS[(top, "*")]
+        else:
+            part.pop(name, None)
+        value[top] = part
+        if part or top != "datasets":
+            return
+    if (top,) in _STAND_INS:
+        value[top] = _STAND_INS[(top,)]
+    elif top == "datasets":
+        value[top] = {"unknown": {"schema": {"unknown": "str"}, "key": ["unknown"]}}
+    else:
+        value.pop(top, None)
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.file, problem.line or 0))
+
+
+# ------------------------------------------------------------ definitions
+
+
+def names_in(value: Any) -> Iterator[tuple[FieldPath, str]]:
+    """Yield every $name in a text or in the texts of a nested value, with where it stands ($$ is a plain $)."""
+    if isinstance(value, str):
+        for found in _NAME.finditer(value.replace("$$", "")):
+            yield (), found[1]
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            for path, found in names_in(item):
+                yield (str(name), *path), found
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            for path, found in names_in(item):
+                yield (index, *path), found
+
+
+def known_names(dataset: Dataset) -> list[str]:
+    """Return the $names that a request of this dataset can use (`secret.NAME` stands for any secret)."""
+    names = list(dataset.over.subjects)
+    if dataset.over.window is not None or dataset.over.session is None:
+        names += [f"window.{part}" for part in WINDOW_NAMES]
+    if dataset.over.session is not None:
+        names.append("session")
+    return [*names, "fields", "dataset", "secret.NAME"]
+
+
+class _Definition:
+    """What a definition's models cannot tell by themselves: names used and not given, given and not used."""
+
+    def __init__(self, document: Document, definition: Definition) -> None:
+        self.document = document
+        self.definition = definition
+        self.given = document.value.get("datasets")
+        self.found: list[Problem] = []
+
+    def problems(self) -> list[Problem]:
+        for name, dataset in self.definition.datasets.items():
+            if isinstance(self.given, dict) and name in self.given:
+                self._request(name, dataset)
+                self._over(name, dataset)
+                self._faults(("datasets", name, "faults"), dataset.faults)
+        self._faults(("faults",), self.definition.faults)
+        self._rows()
+        return self.found
+
+    def _say(self, path: FieldPath, message: str, remedy: str = "") -> None:
+        self.found.append(Problem(self.document.name, self.document.line(path), dotted(path), message, remedy))
+
+    def _request(self, name: str, dataset: Dataset) -> None:
+        request = dataset.request.model_dump(by_alias=True, include={"path", "query", "headers", "json_body"})
+        known = known_names(dataset)
+        used: set[str] = set()
+        for part, text in [*names_in(request)]:
+            path = self._inherited(name, ("request", *part))
+            used.add(text.partition(".")[0])
+            if text.startswith("secret.") or text in known:
+                continue
+            if text.startswith("header.") or text.startswith("match."):
+                self._say(path, f"${text} is known in faults only", f"names: {_dollars(known)}")
+            elif text == "session" or text.startswith("window"):
+                wants = "session: XNYS" if text == "session" else "window: 1 month"
+                if text.partition(".")[0] == "window" and dataset.over.session is None:
+                    self._say(path, f"there is no ${text}", _near(text, known))
+                else:
+                    self._say(
+                        path, f"${text} has no value, since `over` is not cut that way", f"give over: {{{wants}}}"
+                    )
+            else:
+                self._say(path, f"there is no ${text}", _near(text, known))
+        self._unused(name, dataset, used)
+        for raw, column in dataset.schema_.items():
+            for _, text in names_in(column.value or ""):
+                if text not in known:
+                    self._say(("datasets", name, "schema", raw, "value"), f"there is no ${text}", _near(text, known))
+
+    def _unused(self, name: str, dataset: Dataset, used: set[str]) -> None:
+        over = ("datasets", name, "over")
+        for subject, spec in dataset.over.subjects.items():
+            if subject in used:
+                continue
+            near = closest(subject, ["window", "session"])
+            if near and spec.universe and getattr(dataset.over, near) is None:
+                self._say((*over, subject), f"there is no field '{subject}' here", f"did you mean {near}?")
+            else:
+                self._say(
+                    (*over, subject),
+                    f"every request would be the same: the request does not use ${subject}",
+                    f"put ${subject} into its path, query or json",
+                )
+        for cut in ("window", "session"):
+            if getattr(dataset.over, cut) is not None and cut not in used:
+                use = "$session" if cut == "session" else "$window.start and $window.end, or $window.year"
+                self._say(
+                    (*over, cut), f"every {cut} would be asked the same: the request does not use ${cut}", f"use {use}"
+                )
+
+    def _over(self, name: str, dataset: Dataset) -> None:
+        subjects = dataset.over.subjects
+        if subjects and dataset.subject_column is None:
+            first = next(iter(subjects))
+            self._say(
+                ("datasets", name, "schema"),
+                f"no column says which {first} a row is about",
+                f"name a column {first} (`as: {first}`), or add {first}: {{type: str, value: ${first}}}",
+            )
+
+    def _inherited(self, name: str, path: FieldPath) -> FieldPath:
+        """Where a dataset's field stands: at the dataset, or at the definition that it comes from."""
+        own = self.given.get(name) if isinstance(self.given, dict) else None
+        at: Any = own
+        for step in path:
+            if isinstance(at, dict) and step in at:
+                at = at[step]
+            elif isinstance(at, list) and isinstance(step, int) and step < len(at):
+                at = at[step]
+            else:
+                return path
+        return ("datasets", name, *path)
+
+    def _faults(self, place: FieldPath, faults: Iterable[Any]) -> None:
+        for index, fault in enumerate(faults):
+            patterns = [fault.when.body or "", *fault.when.header.values()]
+            patterns += [v for v in fault.when.path.values() if isinstance(v, str) and re.fullmatch(r"/.*/", v)]
+            groups = max(re.compile(pattern.strip("/")).groups for pattern in patterns)
+            for what in ("wait", "limit"):
+                text = getattr(fault, what)
+                if text is None:
+                    continue
+                path = (*place, index, what)
+                match = re.fullmatch(r"\$match\.(\d+)", text)
+                if match:
+                    if not 1 <= int(match[1]) <= groups:
+                        has = f"has {groups} group{'s' if groups != 1 else ''} ( )" if groups else "has no group ( )"
+                        self._say(path, f"{text} is empty: the rule's regular expression {has}", "add a group (\\d+)")
+                elif what == "limit":
+                    self._say(path, f"'{text}' is not a group of the rule", "write $match.1")
+                elif not re.fullmatch(r"\$header\.[A-Za-z0-9-]+", text):
+                    try:
+                        parse_span(text)
+                    except ValueError:
+                        near = "$header.Retry-After, $match.1 or a span such as 60 seconds"
+                        self._say(path, f"'{text}' does not say how long", f"write {near}")
+
+    def _rows(self) -> None:
+        """References to another dataset's rows: it must be there, hold the column, and not come back to its child."""
+        definition = self.definition
+        parents: dict[str, list[str]] = {}
+        known = list(self.given) if isinstance(self.given, dict) else list(definition.datasets)
+        for name, dataset in definition.datasets.items():
+            for subject, spec in dataset.over.subjects.items():
+                if spec.rows is None:
+                    continue
+                path = ("datasets", name, "over", subject, "rows")
+                provider, dot, parent = spec.rows.rpartition(".")
+                if dot and provider != definition.provider:
+                    continue  # another upstream's; the configuration that has both can tell
+                if parent not in known:
+                    self._say(path, f"there is no dataset '{parent}'", _near(parent, known, sign=""))
+                    continue
+                parents.setdefault(name, []).append(parent)
+                column = spec.column or subject
+                if parent in definition.datasets and column not in definition.datasets[parent].columns:
+                    columns = list(definition.datasets[parent].columns)
+                    self._say(path, f"{parent} has no column '{column}'", f"name it with column: {', '.join(columns)}")
+        for name in parents:
+            chain = _cycle(name, parents)
+            if chain:
+                subject = next(s for s, spec in definition.datasets[name].over.subjects.items() if spec.rows)
+                self._say(
+                    ("datasets", name, "over", subject, "rows"),
+                    f"datasets wait for one another's rows: {' -> '.join(chain)}",
+                    "let one of them have a universe or a list",
+                )
+
+
+def _cycle(name: str, parents: Mapping[str, list[str]]) -> list[str] | None:
+    """Return the way from a dataset over its parents back to itself, when it is the first name of that circle."""
+    stack = [[name]]
+    while stack:
+        chain = stack.pop()
+        for parent in parents.get(chain[-1], []):
+            if parent == name:
+                return [*chain, name] if name == min(chain) else None
+            if parent not in chain:
+                stack.append([*chain, parent])
+    return None
+
+
+def _dollars(names: Iterable[str]) -> str:
+    return ", ".join(f"${name}" for name in names)
+
+
+def _near(name: str, known: list[str], sign: str = "$") -> str:
+    near = closest(name, known)
+    hint = f"did you mean {sign}{near}? " if near else ""
+    return f"{hint}{'names' if sign else 'datasets'}: {', '.join(sign + one for one in known)}"
+
+
+# ------------------------------------------------------------ upstream.yml with its definitions
+
+
+def _loaded(path: Path, document: Document) -> tuple[Loaded | None, list[Problem]]:
+    configuration, problems = _modelled(document, Configuration)
+    if configuration is None:
+        return None, problems
+    whole = _Whole(path, document, configuration)
+    problems += whole.problems()
+    loaded = Loaded(path, configuration, whole.merged(), tuple(whole.warnings))
+    return loaded, _in_order(problems)
+
+
+class _Whole:
+    """An upstream.yml together with the definitions that it names."""
+
+    def __init__(self, path: Path, document: Document, configuration: Configuration) -> None:
+        self.path = path
+        self.document = document
+        self.configuration = configuration
+        self.found: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.read: dict[Path, Definition | None] = {}
+        self.definitions: dict[str, Definition] = {}
+        self.unreadable: set[str] = set()
+
+    def problems(self) -> list[Problem]:
+        for name, upstream in self.configuration.upstreams.items():
+            definition = self._definition_of(name, upstream or Upstream())
+            if definition is None:
+                self.unreadable.add(name)
+            else:
+                self.definitions[name] = definition
+                self._overrides(name, upstream or Upstream(), definition)
+        for name, store in self.configuration.stores.items():
+            self.found += _scheme_problems(self.document, ("stores", name), store.url)
+        for name, universe in self.configuration.universes.items():
+            if universe.rows is not None:
+                self._rows_universe(name, universe)
+            elif universe.list is not None and not universe.list:
+                self._say(("universes", name), "the universe is empty", "list at least one symbol")
+        for name, plan in self.configuration.plans.items():
+            self._plan(name, plan)
+        return self.found
+
+    def merged(self) -> dict[str, Definition]:
+        """Return each upstream's definition with what the upstream overrides."""
+        return {
+            name: merged_definition(name, definition, self.configuration.upstreams[name] or Upstream())
+            for name, definition in self.definitions.items()
+        }
+
+    def _say(self, path: FieldPath, message: str, remedy: str = "") -> None:
+        self.found.append(self._problem(path, message, remedy))
+
+    def _problem(self, path: FieldPath, message: str, remedy: str = "") -> Problem:
+        return Problem(self.document.name, self.document.line(path), dotted(path), message, remedy)
+
+    def _definition_of(self, name: str, upstream: Upstream) -> Definition | None:
+        source = upstream.definition or name
+        place = ("upstreams", name, "definition") if upstream.definition else ("upstreams", name)
+        if _is_shipped_name(source):
+            path = SHIPPED / f"{source}.yml"
+            if not path.exists():
+                self._say(place, *_no_definition(source).split("; ", 1))
+                return None
+        else:
+            path = self.path.parent / Path(source).expanduser()
+            if not path.is_file():
+                near = closest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+                hint = f"did you mean {path.parent / near}?" if near else "the path is relative to this file"
+                self._say(place, f"there is no definition file {path}", hint)
+                return None
+        if path not in self.read:
+            try:
+                definition, problems = _definition(read_document(path))
+            except ConfigurationError as error:
+                definition, problems = None, error.problems
+            self.found += problems
+            self.read[path] = definition
+        return self.read[path]
+
+    def _overrides(self, name: str, upstream: Upstream, definition: Definition) -> None:
+        tiers = tiers_of(definition)
+        if upstream.tier is not None and upstream.limits is None and upstream.tier not in tiers:
+            near = closest(upstream.tier, tiers)
+            hint = f"did you mean {near}? " if near else ""
+            known = f"{hint}tiers: {', '.join(tiers)}" if tiers else "this definition has no tiers; leave it out"
+            self._say(("upstreams", name, "tier"), f"there is no tier '{upstream.tier}'", known)
+        elif upstream.tier is None and len(tiers) > 1 and upstream.limits is None:
+            self.warnings.append(
+                self._problem(
+                    ("upstreams", name),
+                    f"no tier is given, so the limits of '{tiers[0]}' hold",
+                    f"choose with tier: {', '.join(tiers)}",
+                )
+            )
+        for dataset in upstream.calendars:
+            if dataset not in definition.datasets:
+                self._say(
+                    ("upstreams", name, "calendars", dataset),
+                    f"there is no dataset '{dataset}'",
+                    _near(dataset, list(definition.datasets), sign=""),
+                )
+
+    def _rows_universe(self, name: str, universe: Universe) -> None:
+        place = ("universes", name, "rows")
+        dataset = self._dataset(place, str(universe.rows))
+        if dataset is None:
+            return
+        for column in (universe.column or "symbol", *universe.where):
+            if column not in dataset.columns:
+                where = ("universes", name, "where", column) if column in universe.where else place
+                self._say(
+                    where,
+                    f"{universe.rows} has no column '{column}'",
+                    f"columns: {', '.join(dataset.columns)}",
+                )
+
+    def _dataset(self, place: FieldPath, name: str) -> Dataset | None:
+        upstream, dot, dataset = name.partition(".")
+        if upstream in self.unreadable or (not dot and place[0] == "plans"):
+            return None  # told already
+        if upstream not in self.definitions:
+            if place[0] != "plans":
+                self._say(place, f"there is no upstream '{upstream}'", f"upstreams: {', '.join(self.definitions)}")
+            return None
+        known = self.definitions[upstream].datasets
+        if dataset not in known:
+            self._say(place, f"{upstream} has no dataset '{dataset}'", _near(dataset, list(known), sign=""))
+            return None
+        return known[dataset]
+
+    def _plan(self, name: str, plan: Plan) -> None:
+        for index, full in enumerate(plan.datasets):
+            given = self.document.value["plans"][name].get("datasets")
+            place: FieldPath = ("plans", name, "datasets", *((index,) if isinstance(given, list) else ()))
+            dataset = self._dataset(place, full)
+            if dataset is None:
+                continue
+            over = dataset.over
+            if plan.since is None and (over.window is not None or over.session is not None):
+                cut = "window" if over.window is not None else "session"
+                self._say(
+                    ("plans", name, "since"),
+                    f"is missing: {full} is asked {cut} by {cut}, so it must be known where to begin",
+                    "since: 2020-01-01",
+                )
+            for subject, spec in over.subjects.items():
+                if spec.universe == "$plan" and plan.universe is None:
+                    known = ", ".join(self.configuration.universes) or "none yet; a list will do: [AAPL, MSFT]"
+                    self._say(
+                        ("plans", name, "universe"),
+                        f"is missing: {full} is asked {subject} by {subject}",
+                        f"universes: {known}",
+                    )
+                elif spec.universe not in (None, "$plan") and spec.universe not in self.configuration.universes:
+                    self._say(
+                        place,
+                        f"{full} is asked over the universe '{spec.universe}', which this file does not have",
+                        f"add universes: {{{spec.universe}: [...]}}",
+                    )
+                elif spec.rows is not None and "." in spec.rows:
+                    provider = spec.rows.partition(".")[0]
+                    if provider != self.definitions[full.partition(".")[0]].provider:
+                        self._dataset(("upstreams",), spec.rows)
+        if plan.universe is not None and not isinstance(plan.universe, str) and not plan.universe:
+            self._say(("plans", name, "universe"), "the list is empty", "list at least one symbol")
+
+
+def tiers_of(definition: Definition) -> list[str]:
+    """Return the tiers that a definition's limits name, in the order of the file."""
+    limits = [*definition.limits, *(limit for dataset in definition.datasets.values() for limit in dataset.limits)]
+    return list(dict.fromkeys(limit.tier for limit in limits if limit.tier is not None))
+
+
+def merged_definition(name: str, definition: Definition, upstream: Upstream) -> Definition:
+    """Return the definition as the upstream called `name` uses it: its URL, its tier's limits, its calendars."""
+    tiers = tiers_of(definition)
+    tier = upstream.tier or (tiers[0] if tiers else None)
+
+    def of_tier(limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
+        return tuple(limit for limit in limits if limit.tier is None or limit.tier == tier)
+
+    datasets: dict[str, Dataset] = {}
+    for dataset_name, dataset in definition.datasets.items():
+        change: dict[str, Any] = {}
+        if dataset.limits:
+            change["limits"] = () if upstream.limits is not None else of_tier(dataset.limits)
+        if dataset_name in upstream.calendars:
+            calendar = upstream.calendars[dataset_name]
+            change["calendar"] = calendar
+            if dataset.over.session is not None:
+                change["over"] = dataset.over.model_copy(update={"session": calendar})
+        rows = {
+            subject: spec.model_copy(update={"rows": _of_upstream(spec, definition.provider, name)})
+            for subject, spec in dataset.over.subjects.items()
+            if spec.rows is not None
+        }
+        if rows:
+            over = change.get("over", dataset.over)
+            change["over"] = over.model_copy(update={**over.subjects, **rows})
+        datasets[dataset_name] = dataset.model_copy(update=change) if change else dataset
+    return definition.model_copy(
+        update={
+            "base_url": upstream.base_url or definition.base_url,
+            "attempts": upstream.tuning.attempts or definition.attempts,
+            "limits": of_tier(definition.limits) if upstream.limits is None else of_tier(upstream.limits),
+            "datasets": datasets,
+        }
+    )
+
+
+def _of_upstream(spec: Subjects, provider: str, upstream: str) -> str:
+    owner, dot, dataset = str(spec.rows).rpartition(".")
+    return f"{upstream}.{dataset}" if not dot or owner == provider else str(spec.rows)
+
+
+def _is_shipped_name(source: str) -> bool:
+    return not source.endswith((".yml", ".yaml")) and "/" not in source and os.sep not in source
+
+
+def _no_definition(name: str) -> str:
+    known = list(shipped_definitions())
+    near = closest(name, known)
+    hint = f"did you mean {near}? " if near else ""
+    return (
+        f"there is no shipped definition '{name}'; {hint}shipped: {', '.join(known)}; "
+        "a definition of your own is named by its path, ./my_provider.yml"
+    )
+
+
+def _scheme_problems(document: Document, place: FieldPath, url: str) -> Iterator[Problem]:
+    scheme, separator, rest = url.partition("://")
+    line = document.line(place)
+    if not separator:
+        yield Problem(document.name, line, dotted(place), f"'{url}' is not a store's URL", "write delta://./data")
+    elif scheme not in STORE_SCHEMES:
+        near = closest(scheme, list(STORE_SCHEMES))
+        hint = f"did you mean {near}://? " if near else ""
+        known = ", ".join(f"{one}://" for one in STORE_SCHEMES)
+        yield Problem(document.name, line, dotted(place), f"there is no store {scheme}://", f"{hint}stores: {known}")
+    elif not rest:
+        yield Problem(document.name, line, dotted(place), f"'{url}' names no place", f"write {scheme}://./data")
+
+
+def _symbols_of(universe: Universe, base: Path) -> tuple[str, ...]:
+    """Read the symbols of a file: one a line, or the column of a CSV (with a header, the column named or `symbol`)."""
+    path = base / Path(str(universe.file)).expanduser()
+
+    def refuse(message: str, remedy: str) -> ConfigurationError:
+        return ConfigurationError([Problem(str(path), None, "", message, remedy)])
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise refuse("there is no such universe file", "the path is relative to upstream.yml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(f"the universe file cannot be read: {error}", "it is a text file in UTF-8") from None
+    if path.suffix.lower() == ".csv" or universe.column is not None:
+        import csv
+
+        rows = csv.reader(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        header = [name.strip() for name in next(rows, [])]
+        column = universe.column or "symbol"
+        if column not in header:
+            near = closest(column, header)
+            hint = f"did you mean {near}? " if near else ""
+            raise refuse(f"the file has no column '{column}'", f"{hint}columns: {', '.join(header) or 'none'}")
+        index = header.index(column)
+        values: Iterable[str] = (row[index] for row in rows if len(row) > index)
+    else:
+        values = (line.partition("#")[0] for line in lines)
+    symbols = tuple(dict.fromkeys(symbol for value in values if (symbol := value.strip())))
+    if not symbols:
+        raise refuse("the universe file holds no symbol", "write one symbol a line")
+    return symbols
+
+
+# ------------------------------------------------------------ marketsync check
+
+
+def _inspected_definition(document: Document) -> Inspection:
+    definition, problems = _definition(document)
+    if definition is not None:
+        problems += _calendar_problems(document, _calendars_of(definition))
+    summary = ""
+    if definition is not None:
+        summary = f"definition of {definition.provider}: {len(definition.datasets)} datasets"
+    return Inspection(Kind.DEFINITION, tuple(_in_order(problems)), (), summary)
+
+
+def _inspected_maintenance(document: Document) -> Inspection:
+    maintenance, problems = _maintenance(document)
+    summary = ""
+    if maintenance is not None:
+        summary = f"maintenance of {len(maintenance.stores)} stores, {len(maintenance.links)} links"
+    return Inspection(Kind.MAINTENANCE, tuple(problems), (), summary)
+
+
+def _inspected_configuration(path: Path, document: Document, secrets_required: bool) -> Inspection:
+    loaded, problems = _loaded(path, document)
+    if loaded is None:
+        return Inspection(Kind.UPSTREAM, tuple(problems))
+    configuration = loaded.configuration
+    for name, universe in configuration.universes.items():
+        if universe.file is not None:
+            try:
+                loaded.universe(name)
+            except ConfigurationError as error:
+                place = ("universes", name, "file")
+                problems += [
+                    Problem(
+                        document.name, document.line(place), dotted(place), f"{one.message}: {one.file}", one.remedy
+                    )
+                    for one in error.problems
+                ]
+    places: list[tuple[FieldPath, str]] = [(("market_hours", name), name) for name in configuration.market_hours]
+    for name, upstream in configuration.upstreams.items():
+        for dataset, calendar in (upstream.calendars if upstream else {}).items():
+            places.append((("upstreams", name, "calendars", dataset), calendar))
+    problems += _calendar_problems(document, places)
+    for source in {(upstream and upstream.definition) or name for name, upstream in configuration.upstreams.items()}:
+        file = SHIPPED / f"{source}.yml" if _is_shipped_name(source) else path.parent / Path(source).expanduser()
+        try:
+            own = read_document(file)
+            definition, _ = _definition(own)
+        except ConfigurationError:
+            continue  # told already
+        if definition is not None:
+            problems += _calendar_problems(own, _calendars_of(definition))
+    missing = [_missing_secret(document, loaded, name) for name in loaded.secrets if not _has_secret(loaded, name)]
+    warnings = list(loaded.warnings)
+    (problems if secrets_required else warnings).extend(missing)
+    summary = (
+        f"{len(configuration.upstreams)} upstreams, {len(configuration.universes)} universes, "
+        f"{len(configuration.stores)} stores, {len(configuration.plans)} plans"
+    )
+    return Inspection(Kind.UPSTREAM, tuple(_in_order(problems)), tuple(_in_order(warnings)), summary)
+
+
+def _calendars_of(definition: Definition) -> list[tuple[FieldPath, str]]:
+    places: list[tuple[FieldPath, str]] = []
+    for name, dataset in definition.datasets.items():
+        if dataset.calendar is not None:
+            places.append((("datasets", name, "calendar"), dataset.calendar))
+        if dataset.over.session is not None:
+            places.append((("datasets", name, "over", "session"), dataset.over.session))
+    return places
+
+
+def _calendar_problems(document: Document, places: Iterable[tuple[FieldPath, str]]) -> list[Problem]:
+    places = list(places)
+    if not places:
+        return []
+    known = calendar_names()
+    problems = []
+    for place, name in places:
+        if name not in known:
+            problems.append(
+                Problem(
+                    document.name,
+                    document.line(place),
+                    dotted(place),
+                    f"there is no calendar '{name}'",
+                    near_calendars(name, known),
+                )
+            )
+    return problems
+
+
+def calendar_names() -> list[str]:
+    """Return the names of the trading calendars, aliases included. Imports pandas: more than a second."""
+    import exchange_calendars
+
+    return exchange_calendars.get_calendar_names(include_aliases=True)
+
+
+def near_calendars(name: str, known: Iterable[str]) -> str:
+    """Return the remedy for an unknown calendar: the names that are like it, or where names come from."""
+    from difflib import get_close_matches
+
+    by_upper = {one.upper(): one for one in known}
+    near = [by_upper[one] for one in get_close_matches(name.upper(), list(by_upper), n=4, cutoff=0.5)]
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return "calendars go by ISO 10383: XNYS, XNAS, XSHG, XHKG, XLON, XTKS ...; 24/7 for markets that never close"
+
+
+def _has_secret(loaded: Loaded, name: str) -> bool:
+    return bool(os.environ.get(name)) or (loaded.base / ".secrets" / name).is_file()
+
+
+def _missing_secret(document: Document, loaded: Loaded, name: str) -> Problem:
+    users = [up for up, spec in loaded.definitions.items() if name in SECRET.findall(spec.auth.model_dump_json())]
+    place: FieldPath = ("upstreams", users[0]) if users else ()
+    return Problem(
+        document.name,
+        document.line(place),
+        dotted(place),
+        f"the secret {name} has no value",
+        f"set the environment variable {name}, or write it to {loaded.base / '.secrets' / name}",
+    )
