@@ -289,9 +289,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
             quarantined=counts.quarantined,
         ),
         bytes=counts.bytes,
-        resume_at=min(resume)
-        if resume and state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
-        else None,
+        resume_at=min(resume) if resume and waits else None,
         errors=tuple(remark for remark in remarks if remark.kind in ERRORS),
         started=run.started,
         ended=now,
