@@ -69,10 +69,12 @@ docs-serve: env-test ## read the documentation at http://127.0.0.1:8000
 
 server worker: export PREFECT_HOME ?= $(CURDIR)/.marketsync/prefect
 server: env-all ## a Prefect server at http://127.0.0.1:4200
+	@mkdir -p $(PREFECT_HOME)
 	$(BIN)/prefect server start --host 127.0.0.1 --port 4200
 
 worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
 worker: env-all ## a Prefect worker for the pool marketsync of that server
+	@mkdir -p $(PREFECT_HOME)
 	$(BIN)/prefect worker start --pool marketsync --type process
 
 lock: env-quickstart ## resolve requirements/*.txt again (UPGRADE=1 takes newer versions)
