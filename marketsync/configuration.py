@@ -56,7 +56,7 @@ class Loaded:
     """A configuration and what belongs to it.
 
     `definitions` maps each upstream to its definition with the upstream's overrides in it: base_url, attempts,
-    limits (those of its tier only), calendars, and `rows` references in terms of upstreams.
+    limits (those of its tier only, and no longer marked by it), calendars, and `rows` in terms of upstreams.
     """
 
     path: Path
@@ -112,11 +112,11 @@ class Loaded:
             return f"{scheme}://{(self.base / place).resolve()}"
         return url
 
-    def universe(self, name: str) -> tuple[str, ...] | Universe:
-        """Return the symbols of a universe, without repetitions, in order.
+    def universe(self, name: str) -> tuple[str, ...]:
+        """Return the symbols of a universe that is a list or a file, without repetitions, in order.
 
-        A universe of another dataset's rows is returned as it stands: reading it takes a store. Raises
-        `ConfigurationError` for an unknown name, a missing or an empty file.
+        Raises `ConfigurationError` for an unknown name, a missing or an empty file, and for a universe of another
+        dataset's rows: reading those takes a store.
         """
         if name in self._universes:
             return self._universes[name]
@@ -129,17 +129,10 @@ class Loaded:
             )
         spec = universes[name]
         if spec.rows is not None:
-            return spec
+            raise ConfigurationError(f"universe '{name}' is the rows of {spec.rows}: they are read from a store")
         symbols = _symbols_of(spec, self.base) if spec.file is not None else tuple(dict.fromkeys(spec.list or ()))
         self._universes[name] = symbols
         return symbols
-
-    def universe_of(self, plan: str) -> tuple[str, ...] | Universe | None:
-        """Return what `$plan` stands for in a plan (see `universe`); None when the plan names none."""
-        chosen = self.plan(plan).universe
-        if chosen is None:
-            return None
-        return self.universe(chosen) if isinstance(chosen, str) else tuple(dict.fromkeys(chosen))
 
     @cached_property
     def secrets(self) -> tuple[str, ...]:
@@ -693,11 +686,10 @@ class _Whole:
             if dataset is None:
                 continue
             over = dataset.over
-            if plan.since is None and (over.window is not None or over.session is not None):
-                cut = "window" if over.window is not None else "session"
+            if plan.since is None and dataset.time_column is not None:
                 self._say(
                     ("plans", name, "since"),
-                    f"is missing: {full} is asked {cut} by {cut}, so it must be known where to begin",
+                    f"is missing: {full} has rows over time, so it must be known where to begin",
                     "since: 2020-01-01",
                 )
             for subject, spec in over.subjects.items():
@@ -734,7 +726,8 @@ def merged_definition(name: str, definition: Definition, upstream: Upstream) -> 
     tier = upstream.tier or (tiers[0] if tiers else None)
 
     def of_tier(limits: tuple[Limit, ...]) -> tuple[Limit, ...]:
-        return tuple(limit for limit in limits if limit.tier is None or limit.tier == tier)
+        chosen = (limit for limit in limits if limit.tier is None or limit.tier == tier)
+        return tuple(limit.model_copy(update={"tier": None}) for limit in chosen)
 
     datasets: dict[str, Dataset] = {}
     for dataset_name, dataset in definition.datasets.items():
