@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from providers.client import Ask, Outcome
 
-from marketsync.coverage import Answer, Covered, Interval, owed, within
+from marketsync.coverage import Answer
 from marketsync.definition import Verdict
 from marketsync.durations import parse_span
 from marketsync.errors import Interrupted, LeaseLost, WaitingForQuota
@@ -268,15 +268,7 @@ class Fetcher:
 
     def _chain(self, work: Work, source: UnitSource, writer: SegmentWriter) -> None:
         scope, unit = self._scope, work.unit
-        ask = Ask(
-            dataset=scope.dataset_name,
-            values=dict(unit.values),
-            start=unit.start,
-            end=unit.end,
-            window_start=unit.window_start,
-            window_end=unit.window_end,
-            session=unit.session,
-        )
+        ask = ask_of(scope, unit)
         cursor = work.cursor
         attempt = cooled = restarts = 0
         rows = work.rows
@@ -513,15 +505,14 @@ def _said(outcome: Outcome, what: str) -> str:
     return f"{what} (HTTP {outcome.status}){words}" if outcome.status else f"{what}{words}"
 
 
-def owed_of(
-    wanted: Sequence[Interval],
-    covered: Sequence[Covered],
-    *,
-    run_started: datetime,
-    restated_since: datetime | None,
-    refetch: bool,
-    only_failed: Sequence[Interval] | None,
-) -> list[Interval]:
-    """Return what a subject owes in this run (see `marketsync.coverage.owed`); with `only_failed`, only within it."""
-    result = owed(wanted, covered, run_started=run_started, restated_since=restated_since, refetch=refetch)
-    return result if only_failed is None else within(result, only_failed)
+def ask_of(scope: Scope, unit: Unit) -> Ask:
+    """Return what the provider is asked for a unit."""
+    return Ask(
+        dataset=scope.dataset_name,
+        values=dict(unit.values),
+        start=unit.start,
+        end=unit.end,
+        window_start=unit.window_start,
+        window_end=unit.window_end,
+        session=unit.session,
+    )

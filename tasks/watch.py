@@ -17,10 +17,13 @@ POLL_SECONDS = 0.5
 _watches: set[Watch] = set()
 
 
-def interrupt_all() -> None:
-    """Ask every run of this process to stop at its next page (SIGTERM, Ctrl-C, a Prefect cancellation)."""
+def interrupt_all() -> bool:
+    """Ask every run of this process to stop at its next page (SIGTERM, Ctrl-C, a Prefect cancellation); return
+    whether there was any."""
+    asked = bool(_watches)
     for watch in list(_watches):
         watch.request(Stop.SIGNAL)
+    return asked
 
 
 class Stop(StrEnum):

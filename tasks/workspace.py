@@ -17,10 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marketsync.configuration import Loaded, load_configuration
-
 from marketsync.calendars import Calendar, load_calendar
 from marketsync.clock import Clock, SystemClock
+from marketsync.configuration import Loaded, load_configuration
 from marketsync.coverage import Covered, Interval, merged, owed, within
 from marketsync.definition import Dataset, Definition, request_hash
 from marketsync.durations import Unit as SpanUnit
@@ -31,7 +30,7 @@ from marketsync.ledger import Ledger, WorkState, this_owner
 from marketsync.planning import Subject, Unit, day_start, instant, subjects_of, units
 from marketsync.schema import ColumnType, Schema
 from marketsync.timing import Timing
-from marketsync.upstream import Plan, Tuning, Upstream
+from marketsync.upstream import Plan, Tuning, Universe, Upstream
 from storage.protocol import Filter, Store
 from storage.spool import Spool
 from tasks.deliver import Target
@@ -70,7 +69,7 @@ class Workspace:
         self.path = path
         self.clock: Clock = clock or SystemClock()
         self.loaded: Loaded = load_configuration(path)
-        self.base = path.resolve().parent
+        self.base = self.loaded.base.resolve()
         self.state = self.base / self.loaded.configuration.state
         self.host = socket.gethostname()
         self.owner = this_owner()
@@ -117,11 +116,10 @@ class Workspace:
         """Return a store of the configuration, opened once."""
         with self._lock:
             if name not in self._stores:
-                spec = self.loaded.configuration.stores.get(name)
-                if spec is None:
+                if name not in self.loaded.configuration.stores:
                     known = ", ".join(self.loaded.configuration.stores)
                     raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
-                url = self.located(self.secrets.fill(spec.url))
+                url = self.secrets.fill(self.loaded.store_url(name))
                 if self._open_store is not None:
                     self._stores[name] = self._open_store(url, name)
                 else:
@@ -130,20 +128,13 @@ class Workspace:
                     self._stores[name] = open_store(url, name)
             return self._stores[name]
 
-    def located(self, url: str) -> str:
-        """Return a store's URL with a relative folder made absolute: beside upstream.yml, wherever we run."""
-        scheme, sep, rest = url.partition("://")
-        if sep and rest.startswith("."):
-            return f"{scheme}://{(self.base / rest).resolve()}"
-        return url
-
     def definition(self, upstream: str) -> Definition:
         """Return the definition of an upstream."""
         return self.loaded.definitions[upstream]
 
     def upstream(self, name: str) -> Upstream:
         """Return an upstream's settings."""
-        return self.loaded.configuration.upstreams[name] or Upstream()
+        return self.loaded.upstream(name)
 
     def limiter(self, upstream: str) -> Limiter:
         """Return the limiter of an upstream's account."""
@@ -153,12 +144,11 @@ class Workspace:
 
                 self._make_state()
                 definition, settings = self.definition(upstream), self.upstream(upstream)
-                limits = definition.limits if settings.limits is None else settings.limits
                 self._limiters[upstream] = Limiter(
                     self.state,
                     definition.provider,
-                    settings.account or upstream,
-                    limits,
+                    self.loaded.account(upstream),
+                    definition.limits,
                     self.clock,
                     tier=settings.tier,
                     dataset_limits={name: spec.limits for name, spec in definition.datasets.items() if spec.limits},
@@ -173,6 +163,7 @@ class Workspace:
                     self._clients[upstream] = self._make_client(self, upstream)
                 else:
                     from providers.client import Client
+
                     from providers.transport import HttpTransport
 
                     self._clients[upstream] = Client(
@@ -196,10 +187,7 @@ class Workspace:
 
     def plan(self, name: str) -> Plan:
         """Return a plan; ConfigurationError lists the plans when there is none of that name."""
-        plans = self.loaded.configuration.plans
-        if name not in plans:
-            raise ConfigurationError(f"there is no plan '{name}' in {self.path}; plans: {', '.join(plans) or 'none'}")
-        return plans[name]
+        return self.loaded.plan(name)
 
     def in_maintenance(self) -> bool:
         """Return whether upstream.yml says `maintenance: true` now (read again when the file has changed)."""
@@ -319,23 +307,18 @@ class Scope:
             return spec.list
         if spec.rows is not None:
             return self._column_of(spec.rows, spec.column or name, {})
-        universe = spec.universe
-        if universe == "$plan":
-            if self.plan.universe is None:
+        if spec.universe == "$plan":
+            named = self.workspace.loaded.universe_of(self.plan_name)
+            if named is None:
                 raise ConfigurationError(
                     f"plan {self.plan_name}: {self.dataset} asks over the plan's universe, and the plan has none; "
                     "add `universe:` to it"
                 )
-            if not isinstance(self.plan.universe, str):
-                return self.plan.universe
-            universe = self.plan.universe
-        named = self.workspace.loaded.configuration.universes.get(str(universe))
-        if named is None:
-            known = ", ".join(self.workspace.loaded.configuration.universes) or "none"
-            raise ConfigurationError(f"{self.dataset}: there is no universe '{universe}'; universes: {known}")
-        if named.rows is not None:
-            return self._column_of(named.rows, named.column or "symbol", named.where)
-        return self.workspace.loaded.universe(str(universe))
+        else:
+            named = self.workspace.loaded.universe(str(spec.universe))
+        if isinstance(named, Universe):
+            return self._column_of(str(named.rows), named.column or "symbol", named.where)
+        return named
 
     def _column_of(self, dataset: str, column: str, where: Mapping[str, str]) -> list[str]:
         """Return the distinct values of a column of another dataset's rows, sorted."""

@@ -1,0 +1,33 @@
+"""`marketsync replica`: the local stand-in for providers, for trying things out without an account."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.output import say
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command("replica")(replica)
+
+
+def replica(
+    port: Annotated[int, typer.Option("--port", help="The loopback port; 0 takes a free one.")] = 8740,
+    faults: Annotated[Path | None, typer.Option("--faults", help="A schedule of faults to inject.")] = None,
+    data: Annotated[str, typer.Option("--data", help="bokeh, or generated:ROWS.")] = "bokeh",
+    log: Annotated[Path | None, typer.Option("--log", help="Append one JSON object a request to this file.")] = None,
+) -> None:
+    """Serve real bars over the protocols of Alpaca, Tushare and Nasdaq Data Link on this machine, until Ctrl-C."""
+    from providers.replica.server import Replica
+
+    server = Replica(port=port, data=data, faults=faults, log=log)
+    url = server.start()
+    say(f"replica of alpaca, tushare and nasdaq_data_link: {url} (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    finally:
+        server.stop()

@@ -1,0 +1,108 @@
+"""`marketsync sync` and `estimate`: run plans, or say beforehand what that takes."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Config, Json
+from cli.output import length, put, put_json, say
+from marketsync.errors import ConfigurationError
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command("sync")(sync)
+    app.command("estimate")(estimate)
+
+
+def _when(text: str | None, option: str) -> date | datetime | None:
+    if text is None:
+        return None
+    try:
+        return date.fromisoformat(text) if len(text) <= 10 else datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigurationError(f"{option} {text}: not a date; write 2024-01-31 or 2024-01-31T12:00:00Z") from None
+
+
+def sync(
+    plans: Annotated[
+        list[str] | None, typer.Argument(help="Plans to sync; all of the file's when none is named.")
+    ] = None,
+    config: Config = Path("upstream.yml"),
+    prefect: Annotated[bool, typer.Option("--prefect", help="Run as a Prefect flow.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run on threads, even when PREFECT_API_URL is set.")] = False,
+    since: Annotated[str | None, typer.Option(help="Instead of the plan's since.")] = None,
+    until: Annotated[str | None, typer.Option(help="Instead of the plan's until (that day included).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this symbol (repeat for several).")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="Ask only for what failed or was dropped.")] = False,
+    refetch: Annotated[bool, typer.Option(help="Ask again for what is covered already.")] = False,
+    wait: Annotated[bool, typer.Option(help="Sleep through quotas and go on, instead of ending with code 75.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch what the plans still owe, deliver it to their stores, judge it and report.
+
+    Exit codes: 0 done, 1 failed, 2 configuration, 3 findings, 4 paused or cancelled, 75 waiting (run again later).
+    """
+    import os
+
+    from cli.progress import Progress
+    from tasks.sync import as_json as reports_as_json
+    from tasks.sync import exit_code
+    from tasks.sync import sync as run
+    from tasks.workspace import Options
+
+    if prefect and local:
+        raise ConfigurationError("--prefect and --local exclude one another")
+    options = Options(_when(since, "--since"), _when(until, "--until"), tuple(only or ()), retry_failed, refetch)
+    path = str(config.resolve())
+    if prefect or (os.environ.get("PREFECT_API_URL") and not local):
+        from cli.prefect import sync_with_prefect
+
+        say("sync: as a Prefect flow" + ("" if prefect else " (PREFECT_API_URL is set; --local for threads)"))
+        reports = sync_with_prefect(path, plans or [], options)
+    else:
+        with Progress(path, quiet=as_json) as progress:
+            reports = run(path, plans or [], options, wait=wait, told=say, begun=progress.begun)
+    if as_json:
+        put(reports_as_json(reports))
+    else:
+        from marketsync.rendering.terminal import render
+
+        for report in reports:
+            put(render(report))
+    raise typer.Exit(int(exit_code(reports)))
+
+
+def estimate(
+    plan: Annotated[str, typer.Argument(help="The plan.")],
+    config: Config = Path("upstream.yml"),
+    requests: Annotated[bool, typer.Option("--requests", help="List the first requests.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how many requests a sync would send, how long it takes, and which limit decides that. Sends nothing."""
+    from dataclasses import asdict
+
+    from tasks.inquiry import estimate as ask
+    from tasks.workspace import open_workspace
+
+    found = ask(open_workspace(config), plan, requests=20 if requests else 0)
+    if as_json:
+        put_json(asdict(found))
+        return
+    for one in found.datasets:
+        rows = "" if one.rows is None else f", about {one.rows:,} rows"
+        put(f"{one.dataset}: {one.requests:,} requests for {one.subjects:,} subjects in {one.units:,} units{rows}")
+        if one.impossible:
+            put(f"  cannot be done: {one.impossible}")
+        elif one.seconds is not None and one.done_at is not None:
+            over = f", over {one.periods} quota periods" if one.periods > 1 else ""
+            put(f"  takes about {length(one.seconds)}{over}; complete on {one.done_at:%Y-%m-%d %H:%M} UTC")
+            put(f"  decided by: {one.binding or 'how fast the provider answers (no limit binds)'}")
+    if not found.requests:
+        put("nothing is owed: a sync would send no request")
+    for line in found.first_requests:
+        put(f"  {line}")
