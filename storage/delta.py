@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from itertools import pairwise
@@ -54,8 +55,11 @@ _ROW_GROUP_ROWS = 32_768
 _CLASS_FILES = 32
 _CLASS_ROWS = (32, 1_024, 32_768)
 _LOOK_EVERY_COMMITS = 8
-_COMPACT_ROWS = 1_048_576  # at most so many rows are rewritten behind one write
-_CHECKPOINT_EVERY_COMMITS = 20
+# Behind one write at most so many rows are rewritten, or 8 times the rows it brought; opening a file counts for 512.
+_COMPACT_ROWS = 65_536
+_COMPACT_TIMES = 8
+_OPENING_ROWS = 512
+_CHECKPOINT_EVERY_COMMITS = 10  # commits since the last checkpoint make every open and commit dearer
 # A reader that opened the table this long ago can still read its files after `maintain`.
 _KEEP_REMOVED_FILES = timedelta(days=1)
 _ATTEMPTS = 20
@@ -253,10 +257,10 @@ class DeltaStore:
             table = self._table(dataset, writing=True)
             schema = _stored(table, dataset)
             before = _files(table, schema)
-            for files in _by_period(before).values():
-                small = [file for file in files if (file.rows or 0) < FILE_ROWS // 2]
-                if len(small) > 1:
-                    self._merge(dataset, table, schema, small)
+            small = [file for file in before if (file.rows or 0) < FILE_ROWS // 2]
+            groups = [files for files in _by_period(small).values() if len(files) > 1]
+            self._merge(dataset, table, schema, groups)
+            table.update_incremental()
             after = _files(table, schema)
             removed = table.vacuum(dry_run=False, full=True)
             table.create_checkpoint()
@@ -290,7 +294,8 @@ class DeltaStore:
             # a handle on a table that was dropped and made anew would commit its old version numbers into the new one
             if held is not None and _stamp(folder, held[0]) == held[1]:
                 table = held[0]
-                table.update_incremental()
+                if _entry(folder, table.version() + 1).exists():
+                    table.update_incremental()
             else:
                 table = DeltaTable(folder)
         except TableNotFoundError:
@@ -341,7 +346,7 @@ class DeltaStore:
             },
             raise_if_key_not_exists=False,
         )
-        _sync(folder / "_delta_log" / f"{0:020d}.json")
+        _sync(_entry(folder, 0))
         for level in (folder / "_delta_log", folder, folder.parent, folder.parent.parent):
             _sync(level)
 
@@ -484,8 +489,7 @@ class DeltaStore:
                     self._put(dataset, table, schema, change, CommitProperties(None, 0, seen))
                 except CommitFailedError:
                     continue
-                self._tidy(dataset, table, schema)
-                self._held[dataset, True] = (table, _stamp(self._folder(dataset), table))
+                self._tidy(dataset, schema, table.version() + 1, written.inserted + written.updated)
                 return written
         raise StoreError(
             f"the Delta table of {dataset} in {self._folder(dataset)} is being changed by another program faster than "
@@ -493,7 +497,10 @@ class DeltaStore:
         )
 
     def _put(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, change: _Change, properties: Any) -> None:
-        """Write the change's files, commit them with the removals, and see everything on the disk."""
+        """Write the change's files, commit them with the removals, and see everything on the disk.
+
+        `table` stays at the version before; `_open` brings it on.
+        """
         from deltalake.exceptions import CommitFailedError
         from deltalake.transaction import RemoveAction
 
@@ -524,36 +531,37 @@ class DeltaStore:
             for path in paths:
                 path.unlink(missing_ok=True)
             raise
-        table.update_incremental()
-        _sync(folder / "_delta_log" / f"{table.version():020d}.json")
+        _sync(_entry(folder, table.version() + 1))
         _sync(folder / "_delta_log")
 
-    def _tidy(self, dataset: str, table: deltalake.DeltaTable, schema: Schema) -> None:
-        """Merge the small files of a period when enough of one class have gathered (see `_CLASS_FILES`)."""
+    def _tidy(self, dataset: str, schema: Schema, version: int, rows: int) -> None:
+        """Merge small files of a period where enough of one class have gathered (see `_CLASS_FILES`)."""
         from deltalake.exceptions import CommitFailedError
 
-        if table.version() % _LOOK_EVERY_COMMITS:
+        if version % _LOOK_EVERY_COMMITS:
             return
-        budget = _COMPACT_ROWS
+        table = self._table(dataset, writing=True)
+        budget = max(_COMPACT_ROWS, _COMPACT_TIMES * rows)
+        groups: list[list[_File]] = []
         for files in _by_period(_files(table, schema)).values():
             for low, high in pairwise((0, *_CLASS_ROWS)):
                 small = [file for file in files if file.rows is not None and low <= file.rows < high]
-                rows = sum(file.rows or 0 for file in small)
-                if len(small) < _CLASS_FILES or rows > budget:
-                    continue
-                budget -= rows
-                try:
-                    self._merge(dataset, table, schema, small)
-                except CommitFailedError:  # another program was faster; the next look finds the files again
-                    table.update_incremental()
-                    return
+                cost = sum((file.rows or 0) + _OPENING_ROWS for file in small)
+                if len(small) >= _CLASS_FILES and cost <= budget:
+                    budget -= cost
+                    groups.append(small)
+        # when another program was faster, the next look finds the files again
+        with suppress(CommitFailedError):
+            self._merge(dataset, table, schema, groups)
 
-    def _merge(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, files: list[_File]) -> None:
-        """Make one file, or a few full ones, of several files of one period."""
+    def _merge(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, groups: list[list[_File]]) -> None:
+        """Make of each group (files of one period) one file, or a few full ones, all in one commit."""
         from deltalake import CommitProperties
 
-        rows = _sorted(self._read(dataset, files, schema).collect(), schema)
-        change = _Change([(files[0].period, rows)], files, moves_rows=False)
+        if not groups:
+            return
+        merged = ((files[0].period, _sorted(self._read(dataset, files, schema).collect(), schema)) for files in groups)
+        change = _Change(merged, [file for files in groups for file in files], moves_rows=False)
         self._put(dataset, table, schema, change, CommitProperties(None, 0))
 
 
@@ -562,10 +570,14 @@ def open_url(url: str, name: str) -> DeltaStore:
     return DeltaStore(url, name)
 
 
+def _entry(folder: Path, version: int) -> Path:
+    return folder / "_delta_log" / f"{version:020d}.json"
+
+
 def _stamp(folder: Path, table: deltalake.DeltaTable) -> tuple[int, ...]:
     """Return what tells this table's newest log entry from one with the same number in a table made anew."""
     try:
-        status = os.stat(folder / "_delta_log" / f"{table.version():020d}.json")
+        status = _entry(folder, table.version()).stat()
     except OSError:
         return ()
     return table.version(), status.st_mtime_ns, status.st_size, status.st_ino

@@ -34,14 +34,19 @@ def cut(frame: pl.DataFrame, schema: Schema) -> list[tuple[str | None, pl.DataFr
     if low == high:
         return [(low, frame)]
     time = pl.col(schema.time)
-    if period is Period.DAY:
-        start = time if schema[schema.time].type is ColumnType.DATE else time.dt.date()
+    if period is Period.YEAR:
+        start = time.dt.year()
+    elif period is Period.MONTH:
+        start = time.dt.truncate("1mo")
     else:
-        start = time.dt.truncate("1y" if period is Period.YEAR else "1mo").dt.date()
+        start = time if schema[schema.time].type is ColumnType.DATE else time.dt.date()
     parts = frame.with_columns(start.alias("__start")).partition_by(
         "__start", maintain_order=True, include_key=False, as_dict=True
     )
-    return sorted((name_of(day, period), part) for (day,), part in parts.items())
+    named: list[tuple[str | None, pl.DataFrame]] = [
+        (f"{at:04d}" if isinstance(at, int) else name_of(at, period), part) for (at,), part in parts.items()
+    ]
+    return sorted(named, key=lambda pair: pair[0] or "")
 
 
 def _ends(times: pl.Series) -> tuple[date, date]:
