@@ -36,6 +36,8 @@ CREATE TABLE quota (scope TEXT NOT NULL, rule TEXT NOT NULL, starts_ms INTEGER N
 CREATE TABLE foreign_use (scope TEXT NOT NULL, span_ms INTEGER NOT NULL, until_ms INTEGER NOT NULL,
     weight INTEGER NOT NULL);
 CREATE TABLE cool_down (scope TEXT PRIMARY KEY, until_ms INTEGER NOT NULL, why TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE waiting (scope TEXT NOT NULL, holder INTEGER NOT NULL, priority INTEGER NOT NULL,
+    since_ms INTEGER NOT NULL, look_ms INTEGER NOT NULL, PRIMARY KEY (scope, holder)) WITHOUT ROWID;
 CREATE VIEW readable AS SELECT reservation, provider, account, dataset, weight, pid,
     strftime('%Y-%m-%dT%H:%M:%fZ', sent_ms / 1000.0, 'unixepoch') AS sent,
     strftime('%Y-%m-%dT%H:%M:%fZ', answered_ms / 1000.0, 'unixepoch') AS answered,
@@ -120,6 +122,18 @@ class LimitBook(Protocol):
 
     def cool_downs(self, now_ms: int) -> dict[str, tuple[int, str]]:
         """Scope to (until, why)."""
+        ...
+
+    def wait(self, scope: str, priority: int, since_ms: int, look_ms: int) -> None:
+        """Write that this holder waits for room in the scope since then and looks again at `look_ms`."""
+        ...
+
+    def wait_no_more(self, scope: str) -> None:
+        """Write that this holder does not wait there any more."""
+        ...
+
+    def waiting(self, since_ms: int) -> dict[str, list[tuple[int, int, int, int]]]:
+        """Scope to [(-priority, since, holder, looks again at)] of other holders that look after `since_ms`."""
         ...
 
     def keep(self, keep_ms: int) -> None:
@@ -300,6 +314,23 @@ class SqliteBook:
         found = self._execute("SELECT scope, until_ms, why FROM cool_down WHERE until_ms > ?", (now_ms,))
         return {scope: (until_ms, why) for scope, until_ms, why in found}
 
+    def wait(self, scope: str, priority: int, since_ms: int, look_ms: int) -> None:
+        self._execute(
+            "INSERT OR REPLACE INTO waiting VALUES (?, ?, ?, ?, ?)", (scope, self.holder, priority, since_ms, look_ms)
+        )
+
+    def wait_no_more(self, scope: str) -> None:
+        self._execute("DELETE FROM waiting WHERE scope = ? AND holder = ?", (scope, self.holder))
+
+    def waiting(self, since_ms: int) -> dict[str, list[tuple[int, int, int, int]]]:
+        found: dict[str, list[tuple[int, int, int, int]]] = {}
+        for scope, *entry in self._execute(
+            "SELECT scope, -priority, since_ms, holder, look_ms FROM waiting WHERE look_ms > ? AND holder <> ?",
+            (since_ms, self.holder),
+        ):
+            found.setdefault(scope, []).append((entry[0], entry[1], entry[2], entry[3]))
+        return found
+
     def keep(self, keep_ms: int) -> None:
         self._execute(
             "INSERT INTO provider VALUES (?, ?) ON CONFLICT DO UPDATE SET keep_ms = max(keep_ms, excluded.keep_ms)",
@@ -316,6 +347,7 @@ class SqliteBook:
         )
         self._execute("DELETE FROM foreign_use WHERE until_ms <= ?", (now_ms,))
         self._execute("DELETE FROM cool_down WHERE until_ms <= ?", (now_ms,))
+        self._execute("DELETE FROM waiting WHERE look_ms < ?", (now_ms - 60_000,))
 
     def _sweep_all(self, now_ms: int) -> None:
         self._execute(

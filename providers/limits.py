@@ -52,10 +52,12 @@ __all__ = ["LimitState", "Limiter", "Reservation", "ReservationBucket", "limits_
 
 _log = logging.getLogger(__name__)
 
+_QUEUED_FOR = (Kind.WINDOW, Kind.CONCURRENT)
+
 DEFAULT_TIMEOUT_SECONDS = 30.0
 FLUSH_AFTER_SECONDS = 0.05  # answers that no reservation has carried along are written after this long
-POLL_SECONDS = 0.05  # only for a concurrency limit held by another process: when it ends cannot be computed
-YIELD_SECONDS = 0.5  # how long one that could go stands behind one of higher priority before it looks again
+POLL_SECONDS = 0.02  # only behind a concurrency limit or another's turn: when these end cannot be computed
+GHOST_MS = 500  # who waits and has not looked this long after it said it would has lost its turn
 LATE_SECONDS = 1.0  # a reservation that its thread finds later than this is given back
 SWEEP_EVERY = 4_096
 
@@ -63,10 +65,19 @@ SWEEP_EVERY = 4_096
 class Permit(RateItem):
     """One request for room, as pyrate-limiter's item: `name` is the dataset, `timestamp` Unix milliseconds."""
 
-    def __init__(self, dataset: str, timestamp: int, weight: int = 1, timeout_ms: int = 30_000, priority: int = 0):
+    def __init__(
+        self,
+        dataset: str,
+        timestamp: int,
+        weight: int = 1,
+        timeout_ms: int = 30_000,
+        max_wait_ms: float = -1,
+        priority: int = 0,
+    ):
         super().__init__(dataset, timestamp, weight)
         self.timeout_ms = timeout_ms
-        self.order: tuple[int, int] = (-priority, 0)  # the greater priority first, then who came first
+        self.max_wait_ms = max_wait_ms
+        self.order: tuple[int, int, int] = (-priority, timestamp, 0)  # the greater priority, then who came first
         self.reservation: Reservation | None = None
         self.refusal: Refusal | None = None
         self.yields = False
@@ -165,6 +176,8 @@ class ReservationBucket(AbstractBucket):
         self._stale = True
         self._since_sweep = 0
         self._dead: dict[int, tuple[bool, int]] = {}
+        self._queued: dict[str, tuple[int, int, int]] = {}  # scope: (-priority, since, look) as the book has it
+        self._others: dict[str, list[tuple[int, int, int, int]]] = {}
 
     def after_fork(self) -> None:
         """Begin anew in a child process: neither a lock nor a SQLite connection survives a fork."""
@@ -269,6 +282,7 @@ class ReservationBucket(AbstractBucket):
     def _reread(self, now_ms: int) -> None:
         quotas, foreign = self.book.quotas(), self.book.foreign(now_ms)
         self.cool = self.book.cool_downs(now_ms)
+        self._others = self.book.waiting(now_ms - GHOST_MS)
         for scope in self._scopes.values():
             for quota in scope.quotas:
                 quota.used = quotas.get((scope.key, quota.rule), {})
@@ -319,6 +333,7 @@ class ReservationBucket(AbstractBucket):
 
     def _undo(self, error: BaseException) -> None:
         self._stale = True
+        self._queued = {}
         with contextlib.suppress(*self.book.errors):
             self.book.rollback()
         if isinstance(error, self.book.errors):
@@ -345,6 +360,8 @@ class ReservationBucket(AbstractBucket):
                     permit.reservation = self._give(permit, now_ms, blocked)
                     if permit.reservation is not None:
                         granted.append(permit)
+            if self._queued or len(granted) < len(permits):
+                self._queue(permits, now_ms)
             if self._since_sweep >= SWEEP_EVERY:
                 self._since_sweep = 0
                 self.book.sweep(now_ms)
@@ -367,7 +384,10 @@ class ReservationBucket(AbstractBucket):
                 refused = scope.refusal(now_ms, until_ms, weight)
             if refused is not None and (refusal is None or refused.free_ms > refusal.free_ms):
                 refusal = refused
-        permit.yields = refusal is None and any(scope.key in blocked for scope in scopes)
+        permit.yields = refusal is None and (
+            any(scope.key in blocked for scope in scopes)
+            or bool(self._others and self._is_behind(permit, scopes, now_ms))
+        )
         permit.refusal = refusal
         if refusal is not None:
             blocked.add(refusal.scope)
@@ -386,6 +406,41 @@ class ReservationBucket(AbstractBucket):
                     self._charge(scope.key, quota, starts_ms, weight)
                     given.charges.append((scope.key, quota, starts_ms))
         return given
+
+    def _is_behind(self, permit: Permit, scopes: Sequence[Scope], now_ms: int) -> bool:
+        """Whether another process has waited longer, or with a higher priority, for room in the same scope."""
+        priority, since_ms, _ = permit.order
+        mine = (priority, since_ms, self.book.holder)
+        return any(
+            other[:3] < mine and other[3] + GHOST_MS > now_ms and not self._is_dead(other[2], now_ms)
+            for scope in scopes
+            for other in self._others.get(scope.key, ())
+        )
+
+    def _queue(self, permits: Sequence[Permit], now_ms: int) -> None:
+        """Tell other processes for what this one waits, so that it gets its turn."""
+        wanted: dict[str, tuple[int, int, int]] = {}
+        for permit in permits:
+            refusal = permit.refusal
+            if permit.reservation is not None or refusal is None or refusal.kind not in _QUEUED_FOR:
+                continue
+            if refusal.free_ms - now_ms <= permit.max_wait_ms:
+                look_ms = now_ms + 1000 if refusal.kind is Kind.CONCURRENT else refusal.free_ms
+                entry = (permit.order[0], permit.order[1], look_ms)
+                wanted[refusal.scope] = min(entry, wanted.get(refusal.scope, entry))
+        for scope, (priority, since_ms, look_ms) in wanted.items():
+            written = self._queued.get(scope)
+            if written is None or written[:2] != (priority, since_ms) or look_ms > written[2] + GHOST_MS:
+                self.book.wait(scope, -priority, since_ms, look_ms)
+                self._queued[scope] = (priority, since_ms, look_ms)
+        for scope in [scope for scope in self._queued if scope not in wanted]:
+            self.book.wait_no_more(scope)
+            del self._queued[scope]
+
+    def leave(self, others: Sequence[Permit]) -> None:
+        """Someone stopped waiting without having got room: give its turn to the others. The lock must be held."""
+        if self._queued:
+            self.attempt(others)
 
     def _charge(self, key: str, quota: Quota, starts_ms: int, weight: int) -> None:
         self.book.add_use(key, quota.rule, starts_ms, weight)
@@ -478,9 +533,10 @@ class ReservationBucket(AbstractBucket):
 
     def close(self) -> None:
         """Write what was answered and let go of the book."""
-        if self.answers:
+        if self.answers or self._queued:
             with contextlib.suppress(MarketSyncError), self.transaction():
-                pass
+                for scope in self._queued:
+                    self.book.wait_no_more(scope)
         self.book.close()
 
 
@@ -544,14 +600,16 @@ class Limiter:
         """
         if wake is not None and wake.is_set():
             raise self._interrupted(dataset)
-        permit = Permit(dataset, 0, weight, math.ceil(timeout_seconds * 1000))
+        permit = Permit(
+            dataset, self.bucket.now(), weight, math.ceil(timeout_seconds * 1000), max_wait_seconds * 1000, priority
+        )
         lock = self.bucket.lock
         with lock:
             if not self._waiting:
                 self.bucket.attempt((permit,))
                 if permit.reservation is not None:
                     return permit.reservation
-            permit.order = (-priority, next(self._tickets))
+            permit.order = (-priority, permit.timestamp, next(self._tickets))
             bisect.insort(self._waiting, permit, key=lambda waiting: waiting.order)
         try:
             while True:
@@ -572,8 +630,10 @@ class Limiter:
                 permit.reservation.unsent()
             raise
         finally:
-            with lock, contextlib.suppress(ValueError):
+            with lock, contextlib.suppress(ValueError, MarketSyncError):
                 self._waiting.remove(permit)
+                if permit.reservation is None:
+                    self.bucket.leave(self._waiting)
 
     def _is_due(self, permit: Permit) -> bool:
         # Whoever wakes first asks for all, in order; the others then know their next instant without asking again.
@@ -582,9 +642,8 @@ class Limiter:
 
     def _sleep(self, permit: Permit, max_wait_seconds: float, wake: threading.Event | None) -> None:
         refusal = permit.refusal
-        if refusal is None:
-            woken = self.clock.sleep(YIELD_SECONDS if permit.yields else 0.001, wake)
-        elif refusal.kind is Kind.CONCURRENT:
+        if refusal is None or refusal.kind is Kind.CONCURRENT:
+            # it is another's turn, or all places are taken: an answer here tells at once, one elsewhere does not
             self.clock.sleep(POLL_SECONDS, permit.answered)
             woken = wake is not None and wake.is_set()
         else:
