@@ -158,7 +158,8 @@ class SubjectCoverage:
     """One subject against the calendar: sessions in the judged range, by what became of them.
 
     `first` and `last` are the dates of its oldest and newest row in the store; sessions before `first` are not
-    expected, since nothing says when the subject was listed: they are counted in `before_first`.
+    expected unless a known hole says when the subject was listed: they are counted in `before_first`, and `note` holds
+    what is known about them.
     """
 
     subject: str
@@ -172,6 +173,7 @@ class SubjectCoverage:
     explained: int = 0
     before_first: int = 0
     rows: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +221,9 @@ class MonthCoverage:
     """The heat map: for each subject and month the sessions expected and there; months as 2024-03, oldest first.
 
     `expected[i][j]` and `present[i][j]` belong to `subjects[i]` and `months[j]`; `explained` counts expected sessions
-    whose absence is explained, or that were answered empty; `rows[j]` is the rows of all subjects in a month.
+    whose absence is explained, or that were answered empty; `rows[j]` is the rows of all subjects in a month. Where
+    there would be too many cells, the subjects with the most missing sessions have a line each, and the last line is
+    the sum of the others (`others` of them).
     """
 
     months: tuple[str, ...] = ()
@@ -228,6 +232,7 @@ class MonthCoverage:
     present: tuple[tuple[int, ...], ...] = ()
     explained: tuple[tuple[int, ...], ...] = ()
     rows: tuple[int, ...] = ()
+    others: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
