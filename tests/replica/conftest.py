@@ -54,14 +54,15 @@ def recorded() -> Path:
 class Asker:
     """Plain requests to one replica, each provider in its own form."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, patience: float = 20) -> None:
         self.replica = replica
+        self.patience = patience
         self.session = requests.Session()
 
     def alpaca(self, path: str = "/v2/stocks/bars", keys: dict | None = None, **query) -> requests.Response:
         usual = {"symbols": "AAPL", "timeframe": "1Day", "start": "2013-01-01", "end": "2013-03-01"}
         query = {k: v for k, v in {**usual, **query}.items() if v is not None}
-        return self.session.get(self.replica.url + path, params=query, headers=keys or KEYS, timeout=20)
+        return self.session.get(self.replica.url + path, params=query, headers=keys or KEYS, timeout=self.patience)
 
     def tushare(
         self, api: str = "daily", token: str = "replica-token", fields: str = "", path: str = "/", **params
@@ -69,19 +70,19 @@ class Asker:
         if api == "daily" and not params:
             params = {"ts_code": "AAPL.US", "start_date": "20130101"}
         body = {"api_name": api, "token": token, "params": params, "fields": fields}
-        return self.session.post(self.replica.url + path, json=body, timeout=20)
+        return self.session.post(self.replica.url + path, json=body, timeout=self.patience)
 
     def nasdaq(self, path: str = "/api/v3/datatables/WIKI/PRICES.json", key: str | None = "replica-key", **query):
         query = query or {"ticker": "AAPL", "date.gte": "2013-01-01"}
         headers = {"x-api-token": key} if key else {}
-        return self.session.get(self.replica.url + path, params=query, headers=headers, timeout=20)
+        return self.session.get(self.replica.url + path, params=query, headers=headers, timeout=self.patience)
 
     def any(self, provider: str) -> requests.Response:
         """A small request that has rows."""
         return getattr(self, provider)()
 
     def control(self, verb: str, content: object) -> requests.Response:
-        return self.session.post(f"{self.replica.url}/_replica/{verb}", data=json.dumps(content), timeout=20)
+        return self.session.post(f"{self.replica.url}/_replica/{verb}", data=json.dumps(content), timeout=self.patience)
 
 
 @pytest.fixture

@@ -44,6 +44,11 @@ def test_daily_bars_start_at_new_york_midnight_in_winter_and_summer(start, ask):
     assert [bar["t"] for bar in bars] == ["2012-03-09T05:00:00Z", "2012-03-12T04:00:00Z", "2012-03-13T04:00:00Z"]
 
 
+def test_a_page_that_is_just_full_ends_without_a_token(start, ask):
+    page = ask(start()).alpaca(symbols="AAPL,IBM", limit=82).json()
+    assert (sum(map(len, page["bars"].values())), page["next_page_token"]) == (82, None)
+
+
 def test_the_token_names_the_last_bar_of_the_page(start, ask):
     page = ask(start()).alpaca(limit=3).json()
     last = page["bars"]["AAPL"][-1]["t"].replace("Z", ".000000000Z")

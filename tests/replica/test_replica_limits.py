@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -196,9 +197,17 @@ def test_under_concurrency_and_delay_exactly_the_limit_is_admitted_in_every_wind
         assert len(before) == 10
 
 
+class Hesitant(Meter):
+    """Looks, waits, charges: where threads would overtake one another, were the two not one step."""
+
+    def _charge(self, *arguments):
+        time.sleep(0.0005)
+        super()._charge(*arguments)
+
+
 def test_the_meter_admits_the_limit_once_however_many_threads_ask():
     clock = ReplicaClock(lambda: 1000.0)
-    meter = Meter([Window(50, 60.0), Window(70, 86_400, "UTC")])
+    meter = Hesitant([Window(50, 60.0), Window(70, 86_400, "UTC")])
     barrier = threading.Barrier(8)
 
     def ask(_):

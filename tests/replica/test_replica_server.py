@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -84,14 +85,6 @@ def test_generated_rows_cannot_be_changed_and_say_so(start, source):
         start(data="generated:100x5").update(source.head(1))
 
 
-def test_an_answer_takes_the_delay_asked_for(start, ask):
-    replica = start(delay=(0.05, 0.06), seed=1)
-    ask(replica).alpaca()
-    entry = replica.log[0]
-    assert entry["answered"] - entry["sent"] >= 0.05
-    assert entry["sent"] < entry["received"] < entry["answered"]
-
-
 def test_delays_repeat_with_the_seed():
     def drawn(seed):
         replica = Replica(delay=(0, 1), seed=seed)
@@ -125,7 +118,7 @@ def test_stopping_ends_a_request_that_hangs(start, ask):
     thread = threading.Thread(target=wait)
     thread.start()
     while not replica.log:
-        pass
+        time.sleep(0.01)
     replica.stop()
     thread.join(10)
     assert ended.is_set()

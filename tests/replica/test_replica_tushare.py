@@ -68,6 +68,11 @@ def test_several_codes_and_small_pages_lose_and_repeat_nothing(start, ask):
     assert len(whole) == len(set(whole)) == 2 * 41
 
 
+def test_no_call_brings_more_than_six_thousand_rows(start, ask):
+    answer = ask(start()).tushare(start_date="20000101", limit=9000)
+    assert (table(answer).height, answer.json()["data"]["has_more"]) == (6000, True)
+
+
 def test_nothing_found_is_code_zero_with_no_items(start, ask):
     replica = start()
     body = ask(replica).tushare(trade_date="20120602").json()
