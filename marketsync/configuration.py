@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -25,6 +25,7 @@ from marketsync.errors import ConfigurationError, Problem
 from marketsync.upstream import STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
+    from marketsync.explaining import Located
     from marketsync.maintenance import Maintenance
 
 SHIPPED = Path(__file__).resolve().parent.parent / "providers" / "definitions"
@@ -284,20 +285,35 @@ def _maintenance(document: Document) -> tuple[Maintenance | None, list[Problem]]
     return maintenance, _in_order(problems)
 
 
-# Where a part of a file is wrong, the rest is still checked with one of these in its place.
+# Where a part of a file is wrong, the rest is still checked: without that part, or with one of these in its place.
 _STAND_INS: dict[tuple[str, ...], Any] = {
     ("provider",): "unknown",
     ("base_url",): "https://unknown.invalid",
+    ("datasets",): {"unknown": {"schema": {"unknown": "str"}, "key": ["unknown"]}},
     ("upstreams", "*"): None,
     ("universes", "*"): ["_"],
     ("stores", "*"): "delta://./unknown",
     ("policies", "*"): {},
+    ("plans", "*", "since"): "1900-01-01",
+    ("plans", "*", "universe"): ["_"],
+    ("limits", "*"): {"concurrent": 1},
+    ("faults", "*"): {"when": {"status": 599}, "then": "fail"},
+    ("datasets", "*", "limits", "*"): {"concurrent": 1},
+    ("datasets", "*", "faults", "*"): {"when": {"status": 599}, "then": "fail"},
 }
-_NAMED_PARTS = ("datasets", "plans", "links", "upstreams", "universes", "stores", "policies", "market_hours")
+# Parts that can be left out without making another part look wrong.
+_LOOSE = {
+    "datasets": {"page", "response", "title", "published", "settles", "restates", "grace", "period"},
+    "plans": {"schedule", "zone", "fresh_by", "segment", "budget", "judge", "tuning", "priority", "until"},
+    "upstreams": {"base_url", "account", "tier", "limits", "calendars", "tuning", "definition"},
+}
+_NAMED_PARTS = {"datasets", "plans", "links", "upstreams", "universes", "stores", "policies", "market_hours"}
 
 
-def _modelled(document: Document, model: type[_Model]) -> tuple[_Model | None, list[Problem]]:
-    """Validate; where that fails, validate again without the broken parts, to find what else is wrong."""
+def _modelled(
+    document: Document, model: type[_Model], broken: set[FieldPath] | None = None
+) -> tuple[_Model | None, list[Problem]]:
+    """Validate; where that fails, validate again without the `broken` parts, to find what else is wrong."""
     if not isinstance(document.value, dict):
         kind_of(document)
     value = document.value
@@ -308,37 +324,63 @@ def _modelled(document: Document, model: type[_Model]) -> tuple[_Model | None, l
         except ValidationError as error:
             from marketsync.explaining import located
 
-            fresh = located(error, document, model)
             known = {(problem.field, problem.message) for problem in problems}
-            problems += [problem for _, problem in fresh if (problem.field, problem.message) not in known]
-            value = dict(value)
-            for path, _ in fresh:
-                _without(value, path)
+            fresh = located(error, document, model)
+            problems += [one.problem for one in fresh if (one.problem.field, one.problem.message) not in known]
+            for one in fresh:
+                if broken is not None:
+                    broken.add(one.path)
+                value = _mended(value, one)
     return None, problems
 
 
-def _without(value: dict[str, Any], path: FieldPath) -> None:
-    """Take the smallest named part that holds the path out of `value` (which is changed, but no part of it)."""
+def _mended(value: dict[str, Any], one: Located) -> dict[str, Any]:
+    """Return `value` with the wrong part as it was probably meant, or without the smallest part that can be spared."""
+    path, name, meant = one.path, one.meant_name, one.meant_value
     if not path:
-        return
-    top = str(path[0])
-    part = value.get(top)
-    if top in _NAMED_PARTS and len(path) > 1 and isinstance(part, dict):
-        part = dict(part)
-        name = str(path[1])
-        if (top, "*") in _STAND_INS and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            part[name] = _STAND_INS[(top, "*")]
-        else:
-            part.pop(name, None)
-        value[top] = part
-        if part or top != "datasets":
-            return
-    if (top,) in _STAND_INS:
-        value[top] = _STAND_INS[(top,)]
-    elif top == "datasets":
-        value[top] = {"unknown": {"schema": {"unknown": "str"}, "key": ["unknown"]}}
-    else:
-        value.pop(top, None)
+        return value
+    if name is not None:
+        return _changed(value, path, lambda part, old: _renamed(part, old, name))
+    if meant is not None:
+        return _changed(value, path, lambda part, name: _put(part, name, meant))
+    for length in range(len(path), 0, -1):
+        front = path[:length]
+        pattern = tuple("*" if index % 2 else str(step) for index, step in enumerate(front))
+        stand_in = _STAND_INS.get(pattern)
+        sparing = length == 3 and str(front[2]) in _LOOSE.get(str(front[0]), ())
+        if pattern in _STAND_INS and _nameable(front):
+            return _changed(value, front, lambda part, name, put=stand_in: _put(part, name, put))
+        if sparing or (length == 2 and front[0] in _NAMED_PARTS) or length == 1:
+            left = _changed(value, front, lambda part, name: {key: part[key] for key in part if key != name})
+            if front[0] == "datasets" and not left.get("datasets"):
+                return _put(left, "datasets", _STAND_INS[("datasets",)])
+            return left
+    return value
+
+
+def _renamed(part: Any, old: Any, new: str) -> Any:
+    return {new if key == old else key: value for key, value in part.items()} if isinstance(part, dict) else part
+
+
+def _nameable(path: FieldPath) -> bool:
+    return all(isinstance(step, int) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", step) for step in path)
+
+
+def _put(part: Any, name: Any, value: Any) -> Any:
+    if isinstance(part, list):
+        return [value if index == name else item for index, item in enumerate(part)]
+    return {**part, name: value}
+
+
+def _changed(value: Any, path: FieldPath, change: Callable[[Any, Any], Any]) -> Any:
+    """Return a copy of a nested value in which `change(part, last step)` replaces the part that the path ends in."""
+    if len(path) == 1:
+        return change(value, path[0]) if isinstance(value, dict | list) else value
+    try:
+        inner = value[path[0]]
+    except (KeyError, IndexError, TypeError):
+        return value
+    return _put(value, path[0], _changed(inner, path[1:], change))
 
 
 def _in_order(problems: Iterable[Problem]) -> list[Problem]:
@@ -398,10 +440,11 @@ class _Definition:
     def _request(self, name: str, dataset: Dataset) -> None:
         request = dataset.request.model_dump(by_alias=True, include={"path", "query", "headers", "json_body"})
         known = known_names(dataset)
-        used: set[str] = set()
-        for part, text in [*names_in(request)]:
+        used: set[str] = set()  # and what was probably meant by a name that there is not
+        for part, text in names_in(request):
             path = self._inherited(name, ("request", *part))
             used.add(text.partition(".")[0])
+            used.add((closest(text, known) or "").partition(".")[0])
             if text.startswith("secret.") or text in known:
                 continue
             if text.startswith("header.") or text.startswith("match."):
@@ -455,16 +498,8 @@ class _Definition:
 
     def _inherited(self, name: str, path: FieldPath) -> FieldPath:
         """Where a dataset's field stands: at the dataset, or at the definition that it comes from."""
-        own = self.given.get(name) if isinstance(self.given, dict) else None
-        at: Any = own
-        for step in path:
-            if isinstance(at, dict) and step in at:
-                at = at[step]
-            elif isinstance(at, list) and isinstance(step, int) and step < len(at):
-                at = at[step]
-            else:
-                return path
-        return ("datasets", name, *path)
+        own = _depth(self.document.value, ("datasets", name, *path)) - 2
+        return path if _depth(self.document.value, path) > own else ("datasets", name, *path)
 
     def _faults(self, place: FieldPath, faults: Iterable[Any]) -> None:
         for index, fault in enumerate(faults):
@@ -535,6 +570,16 @@ def _cycle(name: str, parents: Mapping[str, list[str]]) -> list[str] | None:
     return None
 
 
+def _depth(value: Any, path: FieldPath) -> int:
+    """Return how many steps of the path there are in a nested value."""
+    for depth, step in enumerate(path):
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return depth
+    return len(path)
+
+
 def _dollars(names: Iterable[str]) -> str:
     return ", ".join(f"${name}" for name in names)
 
@@ -549,10 +594,14 @@ def _near(name: str, known: list[str], sign: str = "$") -> str:
 
 
 def _loaded(path: Path, document: Document) -> tuple[Loaded | None, list[Problem]]:
-    configuration, problems = _modelled(document, Configuration)
+    broken: set[FieldPath] = set()
+    configuration, problems = _modelled(document, Configuration, broken)
     if configuration is None:
         return None, problems
     whole = _Whole(path, document, configuration)
+    whole.unreadable |= {
+        str(part[1]) for part in broken if part[0] == "upstreams" and (len(part) == 2 or part[2] == "definition")
+    }
     problems += whole.problems()
     loaded = Loaded(path, configuration, whole.merged(), tuple(whole.warnings))
     return loaded, _in_order(problems)
@@ -573,6 +622,8 @@ class _Whole:
 
     def problems(self) -> list[Problem]:
         for name, upstream in self.configuration.upstreams.items():
+            if name in self.unreadable:
+                continue
             definition = self._definition_of(name, upstream or Upstream())
             if definition is None:
                 self.unreadable.add(name)

@@ -227,7 +227,7 @@ _SYNTAX = (
     ("found undefined alias", "*name refers to an anchor that is not above", "write &name at the first place"),
     ("unknown escape character", "a backslash in double quotes begins no known escape", "use single quotes"),
     ("found character that cannot start any token", "@, ` and % cannot begin a value", "put the value in quotes"),
-    ("expected a single document", "the file holds more than one document (---)", "keep one"),
+    ("another document", "the file holds more than one document (---)", "keep one"),
     ("block sequence entries are not allowed", "'- ' cannot begin a list here", "begin the list on its own line"),
     ("special characters are not allowed", "the file holds a control character", "remove it"),
     ("control characters are not allowed", "the file holds a control character", "remove it"),

@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +23,7 @@ from marketsync.errors import Problem
 
 _INHERITED = ("request", "page", "response")
 _SECRET_FIELDS = {"auth", "password", "client_secret", "client_id", "basic", "oauth2", "Authorization"}
+HIDDEN = "(hidden)"
 _PATTERNS = {
     r"^[a-z][a-z0-9_]*$": "lower-case letters, digits and _, beginning with a letter",
     r"^[A-Za-z][A-Za-z0-9_-]*$": "letters, digits, _ and -, beginning with a letter",
@@ -59,15 +61,26 @@ _BOUNDS = {
 
 def explain(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
     """Return one problem for each thing that is wrong, in the order of the file's lines."""
-    return [problem for _, problem in located(error, document, model)]
+    return [one.problem for one in located(error, document, model)]
 
 
-def located(error: ValidationError, document: Document, model: type[BaseModel]) -> list[tuple[FieldPath, Problem]]:
-    """Return each problem with the path of the field that it is about."""
+@dataclass(frozen=True)
+class Located:
+    """A problem, the path of the field that it is about, and what was probably meant: another name of the field, or
+    another value."""
+
+    path: FieldPath
+    problem: Problem
+    meant_name: str | None = None
+    meant_value: str | None = None
+
+
+def located(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Located]:
+    """Return each problem with the path of the field that it is about, in the order of the file's lines."""
     grouped: dict[FieldPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         grouped.setdefault(_path(details, document.value), []).append(details)
-    found: list[tuple[FieldPath, Problem]] = []
+    found: list[Located] = []
     for path, several in grouped.items():
         if all(one["type"] in _WANTED for one in several) and any(
             other != path and other[: len(path)] == path for other in grouped
@@ -75,8 +88,26 @@ def located(error: ValidationError, document: Document, model: type[BaseModel]) 
             continue  # another reading of the same value came further, and says more
         several = [one for one in several if one["type"] not in _WANTED] or several
         for where, message, remedy in dict.fromkeys(_sentences(path, several, document, model)):
-            found.append((where, Problem(document.name, document.line(where), dotted(where), message, remedy)))
-    return sorted(found, key=lambda item: item[1].line or 0)
+            problem = Problem(document.name, document.line(where), dotted(where), message, remedy)
+            name, meant = _meant(path, several[0], document, model)
+            found.append(Located(where, problem, name, meant))
+    return sorted(found, key=lambda one: one.problem.line or 0)
+
+
+def _meant(
+    path: FieldPath, one: ErrorDetails, document: Document, model: type[BaseModel]
+) -> tuple[str | None, str | None]:
+    if one["type"] == "extra_forbidden":
+        near = closest(str(path[-1]), _fields_at(model, path[:-1]))
+        siblings = _at(document.value, path[:-1])
+        return (near if isinstance(siblings, dict) and near not in siblings else None), None
+    if one["type"] in ("literal_error", "enum") and _at(document.value, path) == one["input"]:
+        return None, closest(str(one["input"]), _expected(one))
+    return None, None
+
+
+def _expected(one: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", str(one.get("ctx", {}).get("expected", "")))
 
 
 def _path(details: ErrorDetails, value: Any) -> FieldPath:
@@ -115,7 +146,8 @@ def _sentences(
             return
         remedy = ""
         if "a text" in wanted and isinstance(given, bool | int | float):
-            remedy = f"put it in quotes: '{_shown(given, path)}'"
+            shown = _shown(given, path)
+            remedy = "put it in quotes" if shown == HIDDEN else f"put it in quotes: '{shown}'"
         elif isinstance(given, str) and any("block" in w for w in wanted):
             fields = _fields_at(model, path)
             remedy = f"fields: {', '.join(fields)}" if fields else ""
@@ -139,7 +171,7 @@ def _sentence(
         hint = f"did you mean {near}? " if near else ""
         yield path, f"there is no field '{path[-1]}' here", f"{hint}fields: {', '.join(fields)}"
     elif kind in ("literal_error", "enum"):
-        allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        allowed = _expected(one)
         near = closest(str(given), allowed)
         hint = f"did you mean {near}?" if near else ""
         yield path, f"{_shown(given, path)!r} is not one of {', '.join(allowed)}", hint
@@ -151,7 +183,9 @@ def _sentence(
         yield path, f"'{_shown(given, path)}' cannot stand here", f"use {wanted}"
     elif kind in ("too_short", "string_too_short"):
         least = context["min_length"]
-        yield path, f"needs at least {least}, and has {len(given) if hasattr(given, '__len__') else 0}", ""
+        about = _field_at(model, path)
+        has = len(given) if hasattr(given, "__len__") else 0
+        yield path, f"needs at least {least}, and has {has}", about.description or "" if about else ""
     elif kind in ("too_long", "string_too_long"):
         yield path, f"may have at most {context['max_length']}, and has {len(given)}", ""
     elif kind in ("value_error", "assertion_error"):
@@ -200,7 +234,7 @@ def _at(value: Any, path: FieldPath) -> Any:
 
 def _shown(value: Any, path: FieldPath) -> str:
     if _SECRET_FIELDS & {str(step) for step in path}:
-        return "(hidden)"
+        return HIDDEN
     text = "true" if value is True else "false" if value is False else str(value)
     text = re.sub(r"(://[^:/@\s]*:)[^@/\s]+@", r"\1***@", text)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -6,7 +6,7 @@ Only the shape is here; `marketsync check` validates it. Comparison and repair r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -56,12 +56,18 @@ class Reporting(Model):
     only_findings: bool = Field(default=True, description="Whether to stay silent when nothing was found.")
 
 
+def _with_default(value: Any) -> Any:
+    return {"default": {}, **value} if isinstance(value, dict) else value
+
+
 class Maintenance(Model):
     """The whole of maintenance.yml."""
 
     stores: dict[Name, Annotated[StoreSpec, BeforeValidator(_as_store)]] = Field(description="Stores by name.")
     links: dict[Name, Link] = Field(default={}, description="Stores that must agree, by name.")
-    policies: dict[Name, Policy] = Field(default={"default": Policy()}, description="Policies by name.")
+    policies: Annotated[dict[Name, Policy], BeforeValidator(_with_default)] = Field(
+        default={"default": Policy()}, description="Policies by name; default is there even if it is not given."
+    )
     tuning: MaintenanceTuning = Field(default=MaintenanceTuning(), description="How hard to work.")
     reporting: Reporting = Field(default=Reporting(), description="Where reports go.")
 
