@@ -61,6 +61,7 @@ def quickstart(
         sent = report.requests.sent
     from marketsync.rendering.html import render as page
     from marketsync.rendering.terminal import render
+
     from tasks.sync import full
     from tasks.workspace import open_workspace
 
@@ -71,7 +72,7 @@ def quickstart(
         say("Everything was here already: no request was sent.")
     say("")
     say("Type next:")
-    sql = "SELECT symbol, count(*) AS bars, min(ts) AS first, max(close) AS highest FROM alpaca.daily_bars GROUP BY symbol"
+    sql = "SELECT symbol, count(*) AS bars, max(close) AS highest FROM alpaca.daily_bars GROUP BY symbol"
     say(f'  marketsync query "{sql}" -c {config}')
     say(f"  marketsync explain alpaca.daily_bars IBM 2001-09-12 -c {config}")
     say(f"  open {html}   # the report with the coverage of every month")

@@ -10,11 +10,12 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
+from marketsync.coverage import Interval, merged
 from marketsync.definition import Verdict
-from marketsync.errors import ExitCode, Interrupted, MarketSyncError, gravest
+from marketsync.errors import ExitCode, Interrupted, StoreError, gravest
 from marketsync.ledger import Desired, RunRow
 from marketsync.report import (
     DatasetReport,
@@ -35,10 +36,11 @@ from tasks.fetch import Fetched
 from tasks.runner import Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
 from tasks.tally import Counts, Note
-from tasks.workspace import Options, Workspace, open_workspace
+from tasks.workspace import Options, Scope, Workspace, open_workspace
 
 ERRORS = ("failed", "stopped", "store")
 SHOWN_WATERMARKS = 1000
+FULL_BELOW = 200_000  # rows; smaller tables are judged from end to end every time
 
 
 @dataclass
@@ -80,7 +82,7 @@ def describe(
     runner: Runner,
     *,
     seconds: float | None = None,
-    judge_step: Callable[[Task, datetime | None], list[DatasetReport]] | None = None,
+    judge_step: Callable[[Task], list[DatasetReport]] | None = None,
 ) -> list[Outcome]:
     """Run the steps of a plan: each dataset is prepared, fetched in steps of about `seconds` (None: one step), judged.
 
@@ -111,7 +113,7 @@ def describe(
                 done: Fetched = last.result()
                 outcome.fetched.append(done)
                 more = done.more
-            outcome.judged = runner.submit(judge_step, task, None, after=[last], name=f"judge {name}").result()
+            outcome.judged = runner.submit(judge_step, task, after=[last], name=f"judge {name}").result()
         except BaseException as error:  # noqa: BLE001 - raised again below, when all have ended
             failures.append(error)
         finally:
@@ -144,11 +146,68 @@ def _told(workspace: Workspace, plan: str, options: Options) -> Options:
     return options
 
 
-def judge(task: Task, previous: datetime | None) -> list[DatasetReport]:
-    """Judge what the run touched of one dataset, in each store of the plan."""
-    from tasks.judgement import judge_scope
+def judge(task: Task, full_below: int = FULL_BELOW) -> list[DatasetReport]:
+    """Judge one dataset in each store of the plan: all of it while the table has fewer rows than `full_below`, then
+    only what the run touched (and freshness), so that a nightly run does not pay for the history."""
+    scope = task.scope()
+    result = []
+    touched = merged(
+        Interval(row.start, row.end)
+        for row in scope.ledger.works(dataset=task.dataset, run_id=task.run_id, limit=1_000_000)
+    )
+    for target in scope.targets:
+        try:
+            result.append(_judged(scope, target.store_id, target.store, touched, full_below))
+        except StoreError as error:
+            result.append(DatasetReport(dataset=task.dataset, store=target.store_id, state=str(error)))
+    return result
 
-    return judge_scope(task.scope())
+
+def full(workspace: Workspace, report: RunReport) -> RunReport:
+    """Return a report with every dataset judged from end to end, as the data stand now."""
+    parts = []
+    for dataset in dict.fromkeys(part.dataset for part in report.datasets):
+        scope = Scope(workspace, report.plan, dataset, report.run, workspace.clock.now())
+        before = {part.store: part for part in report.datasets if part.dataset == dataset}
+        for target in scope.targets:
+            part = _judged(scope, target.store_id, target.store, [], 1 << 62)
+            known = before.get(target.store_id)
+            parts.append(part if known is None else replace(part, rows=known.rows, state=known.state))
+    return replace(report, datasets=tuple(parts), findings=())
+
+
+def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int) -> DatasetReport:
+    from tasks.judge import judge as ask
+    from tasks.judge import read_known_holes
+
+    if store.marker(scope.dataset) is None:
+        return DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
+    rows = store.info(scope.dataset).rows
+    small = rows < full_below
+    part = table_report(scope.dataset, store_id, store, watermarks=small)
+    wanted = scope.wanted
+    if not wanted or scope.schema.time is None:
+        return part
+    subjects = [subject.name for subject in scope.subjects]
+    coverage = scope.ledger.coverage([store_id], scope.dataset, scope.request_hash, subjects)[store_id]
+    holes = scope.plan.judge.known_holes
+    known = {"known": read_known_holes(scope.workspace.base / holes)} if holes else {}
+    judgement = ask(
+        scope.dataset,
+        scope.spec,
+        store,
+        subjects,
+        timing=scope.timing,
+        since=wanted[0].start.date(),
+        until=(wanted[-1].end - timedelta(microseconds=1)).date() + timedelta(days=1),
+        now=scope.clock.now(),
+        coverage=coverage,
+        fresh_by=scope.plan.fresh_by if scope.plan.until is None else None,
+        allowed_missing=scope.plan.judge.missing,
+        spans=None if small else list(touched),
+        **known,
+    )
+    return replace(part, judgement=judgement)
 
 
 def finish(
@@ -402,9 +461,6 @@ def run_once(
         with ThreadRunner(workers) as runner:
             outcomes = describe(config, plan, run, options, runner)
         return finish(config, plan, run, outcomes)
-    except MarketSyncError as error:
-        broken_off(config, run, error)
-        raise
     except BaseException as error:
         broken_off(config, run, error)
         raise
