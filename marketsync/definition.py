@@ -362,7 +362,8 @@ class When(Model):
     path: dict[str, str | int | bool | list[str | int] | None] = Field(
         default={},
         description="Body path to the value it must have, a list of values, or /text/ for a regular expression; "
-        "null means that it is absent or null.",
+        "null means that it is absent or null. 'not 0' (any value or /text/ after not) means that it is there and is "
+        "another; 'not null' that it is there. 0 and '0' are the same here.",
     )
     body: Regex | None = Field(default=None, description="A regular expression found in the body's first 64 KiB.")
     content_type: Regex | None = Field(
@@ -376,6 +377,10 @@ class When(Model):
         for status in self.status:
             if isinstance(status, str) and not re.fullmatch(r"[1-5]xx", status):
                 raise ValueError(f"'{status}' is not a status; write a number or 4xx")
+        for wanted in self.path.values():
+            text = wanted.removeprefix("not ").strip() if isinstance(wanted, str) else ""
+            if len(text) > 1 and text.startswith("/") and text.endswith("/"):
+                _regex_text(text[1:-1])
         return self
 
 

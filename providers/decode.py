@@ -460,7 +460,7 @@ class Decoder:
         found = _FIRST_VALUE.match(part)
         if found is None:
             if not _decode(part):
-                return self._nothing()
+                return self.nothing()
             raise Malformed("the rows by key are cut off")
         if not self._nested and self._response.names is None:
             if found.group(1) == b"[" and len(part) >= _SPLIT_KEYED_BYTES:
@@ -534,7 +534,8 @@ class Decoder:
             return self._slow_rows(rows, keys, part)
         return self._slow_arrays(rows, names, keys)
 
-    def _nothing(self) -> Batch:
+    def nothing(self) -> Batch:
+        """Return the batch of an answer without rows."""
         return Batch(pl.DataFrame(schema=dict.fromkeys(self._order, pl.String())), 0)
 
     # -- arrays by position
@@ -619,7 +620,7 @@ class Decoder:
                 lists[column.name] = value
         missing = [column.raw for column in self._fields if column.needed and column.name not in lists]
         if not any(lists.values()):
-            return self._nothing()
+            return self.nothing()
         if missing:
             raise Unexpected(f"the answer has no column {', '.join(missing)}")
         heights = {column.raw: len(lists[column.name]) for column in self._fields if column.name in lists}
@@ -649,12 +650,12 @@ class Decoder:
             line, body = (body, b"") if end < 0 else (body[:end], body[end + 1 :])
             names = self._header_names(line)
             if not names:
-                return self._nothing()
+                return self.nothing()
             missing = [column.raw for column in self._fields if column.needed and column.raw not in names]
             if missing:
                 raise Unexpected(f"the answer has no column {', '.join(missing)}; its first line is {_shown(line)}")
         if not body.strip():
-            return self._nothing()
+            return self.nothing()
         frame = self._fast_csv(body, names)
         if frame is None:
             return self._slow_arrays(list(self._csv_rows(body)), names, None)
