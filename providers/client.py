@@ -27,7 +27,7 @@ from providers.faults import Asked, Rules, Ruling, provider_words
 from providers.limits import Limiter
 from providers.paging import next_step
 from providers.redaction import hide
-from providers.request import Ask, build, constants, token_request, unknown_names
+from providers.request import Ask, Prepared, constants, prepare, token_request, unknown_names
 from providers.secrets import Secrets
 from providers.transport import Answer, HttpRequest, Transport
 
@@ -122,6 +122,7 @@ class Client:
         self._rules: dict[str, Rules] = {}
         self._grace = {name: parse_span(spec.grace).approximate_seconds for name, spec in definition.datasets.items()}
         self._token_lock = threading.Lock()
+        self._last = threading.local()
 
     def ask(
         self,
@@ -161,7 +162,7 @@ class Client:
                     sent += asked
             except _Refused as refused:
                 return self._without_rows(refused.ruling, refused.request, refused.answer, sent + 1)
-            request = build(self.definition, ask, cursor, self._secrets, base_url=self.base_url, bearer=bearer)
+            request = self._prepared(ask).page(cursor, bearer)
             answer = send(request)
             sent += 1
             self._limiter.learn(answer.headers, answer.answered_at, ask.dataset)
@@ -172,6 +173,14 @@ class Client:
                 renewed = True
                 continue
             return self._outcome(ask, cursor, request, answer, opened, ruling, sent)
+
+    def _prepared(self, ask: Ask) -> Prepared:
+        """Return what the pages of a chain share; a thread follows one chain at a time, so one is kept for each."""
+        last = getattr(self._last, "prepared", None)
+        if last is None or last[0] is not ask:
+            last = (ask, prepare(self.definition, ask, self._secrets, base_url=self.base_url))
+            self._last.prepared = last
+        return last[1]
 
     # ------------------------------------------------------------ judging
 

@@ -15,13 +15,14 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
-from marketsync.definition import Dataset, Definition, OAuth2
+from marketsync.definition import Dataset, Definition, OAuth2, Page
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, ProviderError
 from marketsync.schema import ColumnType
 from providers.secrets import Secrets
 from providers.transport import HttpRequest
 
+_LABEL_LENGTH = 400
 WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
 _NAME = re.compile(r"\$(?:(\$)|((?:window|secret)\.[A-Za-z0-9_]+|[A-Za-z_][A-Za-z0-9_]*))")
 
@@ -227,22 +228,66 @@ def _fill_body(value: Any, values: Mapping[str, Value], secrets: Secrets) -> Any
 # ---------------------------------------------------------------- the request
 
 
-def build(
-    definition: Definition,
-    ask: Ask,
-    cursor: Mapping[str, Any] | None,
-    secrets: Secrets,
-    *,
-    base_url: str | None = None,
-    bearer: str | None = None,
-) -> HttpRequest:
-    """Return the request for this ask at this cursor (None: the first page), with its label for people.
+@dataclass(frozen=True)
+class Prepared:
+    """What all pages of a chain share: the request but for its paging parameters, with secrets in it."""
 
-    `bearer` is the token of OAuth 2. ConfigurationError: a $name is unknown, or has no value where one must be;
-    SecretMissing: a secret has none.
-    """
+    dataset: Dataset
+    name: str
+    base: str
+    url: str = field(repr=False)
+    query: Mapping[str, str] = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    body: Mapping[str, Any] | None = field(repr=False)
+    private: Mapping[str, str] = field(repr=False)  # query parameters that prove who asks
+    encoded: str = field(repr=False)
+    timeout_seconds: float = 30.0
+    label: str = ""
+
+    def page(self, cursor: Mapping[str, Any] | None, bearer: str | None = None) -> HttpRequest:
+        """Return the request of one page (None: the first). `bearer` is the token of OAuth 2."""
+        url, encoded = self.url, self.encoded
+        extra = _paging(self.dataset.page, cursor)
+        where = self.dataset.page.where
+        body = self.body
+        if cursor is not None and "next_url" in cursor:
+            url, query = _continued(self.base, str(cursor["next_url"]))
+            encoded = _encoded({**query, **self.private})
+        elif extra and where == "query":
+            if self.query.keys().isdisjoint(extra):
+                own = _encoded({name: _shown(value) for name, value in extra.items()})
+                encoded = f"{encoded}&{own}" if encoded else own
+            else:
+                encoded = _encoded({**self.query, **{name: _shown(value) for name, value in extra.items()}})
+        elif extra and where == "params":
+            body = {**(body or {}), "params": {**((body or {}).get("params") or {}), **extra}}
+        elif extra:
+            body = {**(body or {}), **extra}
+        headers = dict(self.headers)
+        if bearer is not None:
+            headers["Authorization"] = f"Bearer {bearer}"
+        payload = None
+        if body is not None:
+            payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+            headers.setdefault("Content-Type", "application/json")
+        spec = self.dataset.request
+        return HttpRequest(
+            spec.method,
+            (f"{url}{'&' if '?' in url else '?'}{encoded}") if encoded else url,
+            headers,
+            payload,
+            self.timeout_seconds,
+            spec.weight,
+            self.name,
+            self.label + _page_label(cursor),
+        )
+
+
+def prepare(definition: Definition, ask: Ask, secrets: Secrets, *, base_url: str | None = None) -> Prepared:
+    """Return what all pages of an ask share. ConfigurationError: a $name is unknown, or has no value where one must
+    be; SecretMissing: a secret has none."""
     dataset = definition.datasets[ask.dataset]
-    spec = dataset.request
+    spec, auth = dataset.request, definition.auth
     base = base_url or definition.base_url
     values = names_of(dataset, ask)
     try:
@@ -255,51 +300,74 @@ def build(
         raise ConfigurationError(
             f"dataset {ask.dataset}: the request needs ${absent.name}, and this ask gives it no value"
         ) from None
-    query, body = _paged(dataset, cursor, query, body)
-    if cursor is not None and "next_url" in cursor:
-        url, query = _continued(base, str(cursor["next_url"]))
-    auth = definition.auth
-    shown = dict(query)
+    label = _label(definition, ask, url, query, body, secrets)
+    private = {name: secrets.fill(text) for name, text in auth.query.items()}
+    query.update(private)
     for name, text in auth.headers.items():
         headers[name] = secrets.fill(text)
-    for name, text in auth.query.items():
-        query[name] = secrets.fill(text)
-        shown.pop(name, None)
     if auth.body:
         body = {**(body or {}), **{name: secrets.fill(text) for name, text in auth.body.items()}}
     if auth.basic is not None:
         pair = f"{secrets.fill(auth.basic.user)}:{secrets.fill(auth.basic.password)}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    if bearer is not None:
-        headers["Authorization"] = f"Bearer {bearer}"
-    payload = None
-    if body is not None:
-        payload = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-        headers.setdefault("Content-Type", "application/json")
-    return HttpRequest(
-        spec.method,
-        _with_query(url, query),
-        headers,
-        payload,
-        parse_span(spec.timeout).seconds,
-        spec.weight,
+    return Prepared(
+        dataset,
         ask.dataset,
-        label(definition, ask, spec.method, _with_query(url, shown), body, secrets),
+        base,
+        url,
+        query,
+        headers,
+        body,
+        private,
+        _encoded(query),
+        parse_span(spec.timeout).seconds,
+        label,
     )
 
 
-def label(
-    definition: Definition, ask: Ask, method: str, url: str, body: Mapping[str, Any] | None, secrets: Secrets
+def build(
+    definition: Definition,
+    ask: Ask,
+    cursor: Mapping[str, Any] | None,
+    secrets: Secrets,
+    *,
+    base_url: str | None = None,
+    bearer: str | None = None,
+) -> HttpRequest:
+    """Return the request for this ask at this cursor, with its label for people (see `prepare`)."""
+    return prepare(definition, ask, secrets, base_url=base_url).page(cursor, bearer)
+
+
+def _label(
+    definition: Definition,
+    ask: Ask,
+    url: str,
+    query: Mapping[str, str],
+    body: Mapping[str, Any] | None,
+    secrets: Secrets,
 ) -> str:
     """Return a line that tells a person which request this is, without secrets."""
     parts = urlsplit(url)
-    text = f"{method} {parts.path or '/'}" + (f"?{parts.query}" if parts.query else "")
+    shown = "&".join(part for part in (parts.query, _encoded(query)) if part)
+    text = f"{definition.datasets[ask.dataset].request.method} {parts.path or '/'}" + (f"?{shown}" if shown else "")
     if body is not None:
-        open_fields = {name: value for name, value in body.items() if name not in definition.auth.body}
-        text += " " + json.dumps(open_fields, ensure_ascii=False)
-    if len(text) > 400:
-        text = text[:397] + "..."
+        text += " " + json.dumps(body, ensure_ascii=False)
+    if len(text) > _LABEL_LENGTH:
+        text = text[: _LABEL_LENGTH - 3] + "..."
     return secrets.redact(f"{definition.provider}.{ask.dataset}: {text}")
+
+
+def _page_label(cursor: Mapping[str, Any] | None) -> str:
+    """Tell which page; never a token, which may be as good as a key."""
+    if not cursor:
+        return ""
+    if "pages" in cursor:
+        return f" (page {int(cursor['pages']) + 1})"
+    return "".join(f" ({name} {cursor[name]})" for name in ("offset", "page", "after") if name in cursor)
+
+
+def _encoded(query: Mapping[str, str]) -> str:
+    return urlencode(query, quote_via=quote, safe=",:")
 
 
 def constants(dataset: Dataset, ask: Ask, secrets: Secrets) -> dict[str, str | None]:
@@ -331,11 +399,8 @@ def _filled_query(query: Mapping[str, Any], values: Mapping[str, Value], secrets
     return {name: _shown(value) for name, value in filled.items() if value is not _LEFT_OUT}
 
 
-def _paged(
-    dataset: Dataset, cursor: Mapping[str, Any] | None, query: dict[str, str], body: dict[str, Any] | None
-) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Add the paging parameters where the definition says they go."""
-    page = dataset.page
+def _paging(page: Page, cursor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the paging parameters of a page."""
     extra: dict[str, Any] = {}
     if page.limit and page.size:
         extra[page.limit] = page.size
@@ -348,16 +413,7 @@ def _paged(
         extra[page.send] = cursor["token"]
     elif page.after and page.send and cursor.get("after") is not None:
         extra[page.send] = cursor["after"]
-    if not extra:
-        return query, body
-    if page.where == "query":
-        return {**query, **{name: _shown(value) for name, value in extra.items()}}, body
-    body = dict(body or {})
-    if page.where == "params":
-        body["params"] = {**(body.get("params") or {}), **extra}
-    else:
-        body.update(extra)
-    return query, body
+    return extra
 
 
 def _joined_url(base: str, path: str) -> str:
@@ -368,13 +424,6 @@ def _joined_url(base: str, path: str) -> str:
     if not path:
         return base
     return base.rstrip("/") + "/" + path.lstrip("/")
-
-
-def _with_query(url: str, query: Mapping[str, str]) -> str:
-    if not query:
-        return url
-    separator = "&" if "?" in url else "?"
-    return f"{url}{separator}{urlencode(query, quote_via=quote, safe=',:')}"
 
 
 def _continued(base: str, next_url: str) -> tuple[str, dict[str, str]]:
