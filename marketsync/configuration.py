@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "providers" / "definitions"
 DEFAULT_FILE = "upstream.yml"
 WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
 SECRET = re.compile(r"\$secret\.([A-Za-z_][A-Za-z0-9_]*)")
-_NAME = re.compile(r"\$(?!\$)([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_-]+)?)")
+_NAME = re.compile(r"\$((?:window|secret|header|match)\.[A-Za-z0-9_-]+|[A-Za-z_][A-Za-z0-9_]*)")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -408,7 +408,7 @@ def names_in(value: Any) -> Iterator[tuple[FieldPath, str]]:
 def known_names(dataset: Dataset) -> list[str]:
     """Return the $names that a request of this dataset can use (`secret.NAME` stands for any secret)."""
     names = list(dataset.over.subjects)
-    if dataset.over.window is not None or dataset.over.session is None:
+    if dataset.over.session is None:
         names += [f"window.{part}" for part in WINDOW_NAMES]
     if dataset.over.session is not None:
         names.append("session")
@@ -431,6 +431,9 @@ class _Definition:
                 self._over(name, dataset)
                 self._faults(("datasets", name, "faults"), dataset.faults)
         self._faults(("faults",), self.definition.faults)
+        for path, text in names_in(self.definition.auth.model_dump()):
+            if not text.startswith("secret."):
+                self._say(("auth", *path), f"${text} has no value here", "only $secret.NAME can stand in auth")
         self._rows()
         return self.found
 
@@ -461,9 +464,17 @@ class _Definition:
                 self._say(path, f"there is no ${text}", _near(text, known))
         self._unused(name, dataset, used)
         for raw, column in dataset.schema_.items():
+            place = ("datasets", name, "schema", raw, "value")
             for _, text in names_in(column.value or ""):
+                subject = dataset.over.subjects.get(text)
                 if text not in known:
-                    self._say(("datasets", name, "schema", raw, "value"), f"there is no ${text}", _near(text, known))
+                    self._say(place, f"there is no ${text}", _near(text, known))
+                elif subject is not None and subject.batch > 1:
+                    self._say(
+                        place,
+                        f"a request asks for {subject.batch} of ${text}, and their rows could not be told apart",
+                        "leave batch out, or read the column from the answer",
+                    )
 
     def _unused(self, name: str, dataset: Dataset, used: set[str]) -> None:
         over = ("datasets", name, "over")
@@ -986,7 +997,10 @@ def near_calendars(name: str, known: Iterable[str]) -> str:
 
 
 def _has_secret(loaded: Loaded, name: str) -> bool:
-    return bool(os.environ.get(name)) or (loaded.base / ".secrets" / name).is_file()
+    files = [loaded.base / ".secrets" / name, Path("/run/secrets") / name]
+    if pointed := os.environ.get(f"{name}_FILE"):
+        files.append(Path(pointed))
+    return bool(os.environ.get(name)) or any(file.is_file() for file in files)
 
 
 def _missing_secret(document: Document, loaded: Loaded, name: str) -> Problem:
