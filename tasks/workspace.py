@@ -30,14 +30,13 @@ from marketsync.ledger import Ledger, WorkState, this_owner
 from marketsync.planning import Subject, Unit, day_start, instant, subjects_of, units
 from marketsync.schema import ColumnType, Schema
 from marketsync.timing import Timing
-from marketsync.upstream import Plan, Tuning, Universe, Upstream
+from marketsync.upstream import Plan, Tuning, Upstream
 from storage.protocol import Filter, Store
 from storage.spool import Spool
 from tasks.deliver import Target
 
 if TYPE_CHECKING:
     from providers.client import Client
-
     from providers.limits import Limiter
     from tasks.fetch import Halt
 
@@ -163,14 +162,13 @@ class Workspace:
                     self._clients[upstream] = self._make_client(self, upstream)
                 else:
                     from providers.client import Client
-
                     from providers.transport import HttpTransport
 
                     self._clients[upstream] = Client(
                         upstream,
                         self.definition(upstream),
                         self.upstream(upstream),
-                        HttpTransport(),
+                        HttpTransport(self.clock),
                         self.limiter(upstream),
                         self.secrets,
                         self.clock,
@@ -307,18 +305,20 @@ class Scope:
             return spec.list
         if spec.rows is not None:
             return self._column_of(spec.rows, spec.column or name, {})
-        if spec.universe == "$plan":
-            named = self.workspace.loaded.universe_of(self.plan_name)
-            if named is None:
+        universe = spec.universe
+        if universe == "$plan":
+            if self.plan.universe is None:
                 raise ConfigurationError(
                     f"plan {self.plan_name}: {self.dataset} asks over the plan's universe, and the plan has none; "
                     "add `universe:` to it"
                 )
-        else:
-            named = self.workspace.loaded.universe(str(spec.universe))
-        if isinstance(named, Universe):
-            return self._column_of(str(named.rows), named.column or "symbol", named.where)
-        return named
+            if not isinstance(self.plan.universe, str):
+                return self.plan.universe
+            universe = self.plan.universe
+        named = self.workspace.loaded.configuration.universes.get(str(universe))
+        if named is not None and named.rows is not None:
+            return self._column_of(named.rows, named.column or "symbol", named.where)
+        return self.workspace.loaded.universe(str(universe))
 
     def _column_of(self, dataset: str, column: str, where: Mapping[str, str]) -> list[str]:
         """Return the distinct values of a column of another dataset's rows, sorted."""
