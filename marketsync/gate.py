@@ -318,9 +318,13 @@ def _numbers(raw: pl.Series, spec: Field_) -> pl.Series:
         return _wholes(raw, polars_type(spec.type))
     reals = _reals(raw)
     if spec.scale is not None:
-        # 12345 / 10000 is the nearest float to 1.2345; 12345 * 0.0001 is not
+        # 12345 / 10000 is the nearest float to 1.2345; 12345 * 0.0001 is not, which is also how polars divides by a
+        # single number
         inverse = 1 / spec.scale
-        reals = reals / round(inverse) if abs(inverse - round(inverse)) < 1e-9 * inverse else reals * spec.scale
+        if abs(inverse - round(inverse)) < 1e-9 * inverse:
+            reals = reals / pl.Series([float(round(inverse))]).new_from_index(0, reals.len())
+        else:
+            reals = reals * spec.scale
     if whole:
         return _wholes(reals, polars_type(spec.type))
     if spec.type is ColumnType.F32:
