@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from providers.replica.journal import repeated, violations
+    from providers.replica.journal import most_at_once, repeated, violations
     from providers.replica.server import Replica
 
-__all__ = ["Replica", "repeated", "violations"]
+__all__ = ["Replica", "most_at_once", "repeated", "violations"]
 
 
 def __getattr__(name: str):
@@ -21,7 +21,7 @@ def __getattr__(name: str):
         from providers.replica.server import Replica
 
         return Replica
-    if name in ("repeated", "violations"):
+    if name in ("most_at_once", "repeated", "violations"):
         from providers.replica import journal
 
         return getattr(journal, name)

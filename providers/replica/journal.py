@@ -6,7 +6,7 @@ An entry is a dict that JSON can hold:
     sent      when the request had arrived at the socket (Unix seconds by the replica's clock, as all times here)
     received  when the simulated network had carried it to the provider; limits count by this
     answered  when the answer was handed to the network; null when it never was
-    provider  "alpaca", "tushare" or "nasdaq"; "" when no provider has such a path
+    provider  "alpaca", "tushare" or "nasdaq_data_link"; "" when no provider has such a path
     account   the key it was made with (in the file: its first four characters and an ellipsis)
     request   {"method", "path", "params"}: parameters without credentials; for Tushare api_name, params and fields
     status    HTTP status, null when nothing was answered
@@ -101,6 +101,20 @@ def violations(
         raise ValueError(f"violations are counted by 'received' or 'sent', not by {by!r}")
     times = sorted(entry[by] for entry in chosen(log, provider, account))
     return sum(n + 1 - bisect_right(times, t - window_seconds, hi=n) > limit for n, t in enumerate(times))
+
+
+def most_at_once(log: Iterable[Entry], provider: str | None = None, account: str | None = None) -> int:
+    """The most requests that were on their way at one time, from `sent` to `answered`; one never answered stays so."""
+    changes: list[tuple[float, int]] = []
+    for entry in chosen(log, provider, account):
+        changes.append((entry["sent"], 1))
+        if entry["answered"] is not None:
+            changes.append((entry["answered"], -1))
+    most = now = 0
+    for _, change in sorted(changes):  # at one instant an answer comes before the next request
+        now += change
+        most = max(most, now)
+    return most
 
 
 def repeated(log: Iterable[Entry], verdicts: Iterable[str] | None = None) -> list[tuple[Mapping[str, Any], int]]:

@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 from marketsync.errors import ConfigurationError
 
-DAY_RESET_ZONE = {"alpaca": "America/New_York", "tushare": "Asia/Shanghai", "nasdaq": "UTC"}
+DAY_RESET_ZONE = {"alpaca": "America/New_York", "tushare": "Asia/Shanghai", "nasdaq_data_link": "UTC"}
 
 TIERS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "alpaca": {
@@ -36,7 +36,7 @@ TIERS: dict[str, dict[str, list[dict[str, Any]]]] = {
         ],
         "points-5000": [{"requests": 500, "per": "minute", "each": "api"}],
     },
-    "nasdaq": {
+    "nasdaq_data_link": {
         "anonymous": [{"requests": 20, "per": "10 minutes"}, {"requests": 50, "per": "day"}],
         "free": [
             {"requests": 300, "per": "10 seconds"},
@@ -46,7 +46,7 @@ TIERS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "premium": [{"requests": 5_000, "per": "10 minutes"}, {"requests": 720_000, "per": "day"}],
     },
 }
-DEFAULT_TIER = {"alpaca": "free", "tushare": "points-2000", "nasdaq": "free"}
+DEFAULT_TIER = {"alpaca": "free", "tushare": "points-2000", "nasdaq_data_link": "free"}
 PROVIDERS = tuple(TIERS)
 
 ALPACA_KEY, ALPACA_SECRET = "REPLICA-KEY", "replica-secret"
@@ -56,7 +56,7 @@ ANONYMOUS = "anonymous"
 DEFAULT_ACCOUNTS: dict[str, dict[str, dict[str, Any]]] = {
     "alpaca": {ALPACA_KEY: {"secret": ALPACA_SECRET}},
     "tushare": {TUSHARE_TOKEN: {}},
-    "nasdaq": {NASDAQ_KEY: {}, ANONYMOUS: {"limits": "anonymous"}},
+    "nasdaq_data_link": {NASDAQ_KEY: {}, ANONYMOUS: {"limits": "anonymous"}},
 }
 
 

@@ -323,6 +323,14 @@ class GeneratedMarket:
         for minutes in along.minutes:
             self._before.append(self._before[-1] + minutes)
         self._number = {symbol: n for n, symbol in enumerate(self.symbols)}
+        # The same as polars series, made once: every frame looks its dates and names up in them.
+        self._columns = {
+            "date": pl.Series(self.dates, dtype=pl.Date),
+            "midnight": pl.Series(self._midnights, dtype=pl.Int64),
+            "open_us": pl.Series(self._opens, dtype=pl.Int64),
+            "before": pl.Series(self._before, dtype=pl.Int64),
+            "symbol": pl.Series(self.symbols, dtype=pl.String),
+        }
 
     def number(self, symbol: str) -> int:
         return self._number[symbol]
@@ -405,32 +413,31 @@ class GeneratedMarket:
     def bars(self, symbols: Iterable[int], numbers: Iterable[int]) -> pl.DataFrame:
         """The bars for pairs of symbol number and bar number, with `COLUMNS`."""
         at = pl.DataFrame({"s": symbols, "i": numbers}, schema={"s": pl.Int64, "i": pl.Int64})
+        columns = self._columns
         if self.grain == DAILY:
-            session = pl.col("i")
-            ts = pl.col("midnight")
+            ts = columns["midnight"].gather(at.get_column("i"))
+            session = at.get_column("i")
         else:
-            before = pl.Series(self._before, dtype=pl.Int64)
-            found = before.search_sorted(at.get_column("i"), side="right").cast(pl.Int64) - 1
-            at = at.with_columns(found.alias("session"), before.gather(found).alias("before"))
-            session = pl.col("session")
-            ts = pl.col("open_us") + (pl.col("i") - pl.col("before")) * MINUTE_US
+            session = columns["before"].search_sorted(at.get_column("i"), side="right").cast(pl.Int64) - 1
+            into = at.get_column("i") - columns["before"].gather(session)
+            ts = columns["open_us"].gather(session) + into * MINUTE_US
         at = at.with_columns(
-            pl.lit(pl.Series(self.dates, dtype=pl.Date)).gather(session).alias("date"),
-            pl.lit(pl.Series(self._midnights, dtype=pl.Int64)).gather(session).alias("midnight"),
-            pl.lit(pl.Series(self._opens, dtype=pl.Int64)).gather(session).alias("open_us"),
-            pl.lit(pl.Series(self.symbols, dtype=pl.String)).gather(pl.col("s")).alias("symbol"),
+            ts.alias("ts"),
+            columns["date"].gather(session).alias("date"),
+            columns["symbol"].gather(at.get_column("s")).alias("symbol"),
+            _noise(5).alias("lots"),
             *_walk(1 if self.grain == DAILY else 20),
         )
         return at.select(
             "symbol",
-            ts.alias("ts"),
+            "ts",
             "date",
             # Rounded because polars divides by a constant through its reciprocal: 4848 / 100 is 48.480000000000004.
             *((pl.col(c) / 100).round(2).alias(c) for c in ("open", "high", "low", "close")),
-            (100 + 100 * (_noise(5) % 50_000)).alias("volume"),
+            (100 + 100 * (pl.col("lots") % 50_000)).alias("volume"),
             pl.lit(1.0).alias("adj"),
             (pl.col("close") / 100).round(2).alias("adj_close"),
-            (1 + _noise(5) % 50_000).alias("trades"),
+            (1 + pl.col("lots") % 50_000).alias("trades"),
             ((pl.col("high") + pl.col("low") + pl.col("close")) * 100 // 3 / 10_000).round(4).alias("vwap"),
             pl.when(pl.col("i") > 0).then((pl.col("previous") / 100).round(2)).alias("pre_close"),
         )

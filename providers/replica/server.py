@@ -42,7 +42,7 @@ from providers.replica.faults import FAULTS, Rule, Schedule
 from providers.replica.journal import Entry, Journal
 from providers.replica.limits import ALPACA_KEY, ALPACA_SECRET, NASDAQ_KEY, TUSHARE_TOKEN, ReplicaClock, accounts
 from providers.replica.market import FrameMarket, Market, open_market
-from providers.replica.nasdaq import Nasdaq
+from providers.replica.nasdaq_data_link import Nasdaq
 from providers.replica.tushare import Tushare
 
 CACHE_BYTES = 256 * 1024 * 1024

@@ -79,7 +79,7 @@ class Asker:
 
     def any(self, provider: str) -> requests.Response:
         """A small request that has rows."""
-        return getattr(self, provider)()
+        return getattr(self, provider.removesuffix("_data_link"))()
 
     def control(self, verb: str, content: object) -> requests.Response:
         return self.session.post(f"{self.replica.url}/_replica/{verb}", data=json.dumps(content), timeout=self.patience)
@@ -90,7 +90,7 @@ def ask():
     return Asker
 
 
-PROVIDERS = ["alpaca", "tushare", "nasdaq"]
+PROVIDERS = ["alpaca", "tushare", "nasdaq_data_link"]
 
 
 @pytest.fixture(params=PROVIDERS)

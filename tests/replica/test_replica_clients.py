@@ -1,6 +1,6 @@
 """The providers' own clients, reading every row of the source through the replica: what proves that it is faithful.
 
-They come with `pip install -e '.[fidelity]'`; a client that is not installed is skipped by name.
+They are among the test requirements; a client that is not installed is skipped by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def same_prices(got: dict[str, list], want: pl.DataFrame) -> None:
 
 
 def test_alpaca_py_reads_every_bar_through_two_pages(start, source):
-    pytest.importorskip("alpaca", reason="alpaca-py is not installed (extra `fidelity`)")
+    pytest.importorskip("alpaca", reason="alpaca-py is not installed: see requirements/test.in")
     from alpaca.data.historical import StockHistoricalDataClient
     from alpaca.data.requests import StockBarsRequest
     from alpaca.data.timeframe import TimeFrame
@@ -42,7 +42,7 @@ def test_alpaca_py_reads_every_bar_through_two_pages(start, source):
 
 
 def test_alpaca_py_retries_when_it_was_too_frequent_and_raises_the_message(start):
-    pytest.importorskip("alpaca", reason="alpaca-py is not installed (extra `fidelity`)")
+    pytest.importorskip("alpaca", reason="alpaca-py is not installed: see requirements/test.in")
     from alpaca.common.exceptions import APIError
     from alpaca.data.historical import StockHistoricalDataClient
     from alpaca.data.requests import StockBarsRequest
@@ -66,7 +66,7 @@ def test_alpaca_py_retries_when_it_was_too_frequent_and_raises_the_message(start
 
 
 def tushare_client(replica, token="replica-token"):
-    tushare = pytest.importorskip("tushare", reason="tushare is not installed (extra `fidelity`)")
+    tushare = pytest.importorskip("tushare", reason="tushare is not installed: see requirements/test.in")
     client = tushare.pro_api(token)
     client._DataApi__http_url = replica.url
     return client
@@ -103,7 +103,7 @@ def test_tushare_reads_the_calendar_and_raises_the_message(start):
 @pytest.fixture
 def link(monkeypatch):
     """nasdaq-data-link, pointed at a replica; its settings are global and are put back."""
-    client = pytest.importorskip("nasdaqdatalink", reason="nasdaq-data-link is not installed (extra `fidelity`)")
+    client = pytest.importorskip("nasdaqdatalink", reason="nasdaq-data-link is not installed: see requirements/test.in")
 
     def pointed(replica, key="replica-key"):
         monkeypatch.setattr(client.ApiConfig, "api_base", f"{replica.url}/api/v3")

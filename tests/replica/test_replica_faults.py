@@ -13,29 +13,41 @@ from providers.replica.faults import FAULTS
 
 PROVIDER_WORDS = {
     # fault: provider: (status, text that the body holds)
-    "not_yet": {"alpaca": (404, "not found"), "tushare": (404, "404"), "nasdaq": (404, "QECx05")},
-    "too_many_rows": {"alpaca": (422, "too many rows"), "tushare": (200, "超过最大行数"), "nasdaq": (422, "QELx06")},
+    "not_yet": {"alpaca": (404, "not found"), "tushare": (404, "404"), "nasdaq_data_link": (404, "QECx05")},
+    "too_many_rows": {
+        "alpaca": (422, "too many rows"),
+        "tushare": (200, "超过最大行数"),
+        "nasdaq_data_link": (422, "QELx06"),
+    },
     "too_frequent": {
         "alpaca": (429, "too many requests."),
         "tushare": (200, "每分钟最多访问"),
-        "nasdaq": (429, "QELx04"),
+        "nasdaq_data_link": (429, "QELx04"),
     },
-    "hour_quota": {"alpaca": (429, "hourly"), "tushare": (200, "每小时最多访问"), "nasdaq": (429, "hourly")},
-    "day_quota": {"alpaca": (429, "daily"), "tushare": (200, "每天最多访问"), "nasdaq": (429, "QELx02")},
-    "wrong_argument": {"alpaca": (422, "invalid symbol"), "tushare": (200, "参数错误"), "nasdaq": (422, "QESx04")},
-    "expired_token": {"alpaca": (401, "expired"), "tushare": (200, "过期"), "nasdaq": (401, "expired")},
-    "bad_key": {"alpaca": (401, "unauthorized"), "tushare": (200, "token不对"), "nasdaq": (400, "QEAx01")},
+    "hour_quota": {"alpaca": (429, "hourly"), "tushare": (200, "每小时最多访问"), "nasdaq_data_link": (429, "hourly")},
+    "day_quota": {"alpaca": (429, "daily"), "tushare": (200, "每天最多访问"), "nasdaq_data_link": (429, "QELx02")},
+    "wrong_argument": {
+        "alpaca": (422, "invalid symbol"),
+        "tushare": (200, "参数错误"),
+        "nasdaq_data_link": (422, "QESx04"),
+    },
+    "expired_token": {"alpaca": (401, "expired"), "tushare": (200, "过期"), "nasdaq_data_link": (401, "expired")},
+    "bad_key": {"alpaca": (401, "unauthorized"), "tushare": (200, "token不对"), "nasdaq_data_link": (400, "QEAx01")},
     "no_permission": {
         "alpaca": (403, "subscription does not permit"),
         "tushare": (200, "没有接口访问权限"),
-        "nasdaq": (403, "QEPx04"),
+        "nasdaq_data_link": (403, "QEPx04"),
     },
-    "server_error": {"alpaca": (500, "internal"), "tushare": (500, "500"), "nasdaq": (500, "QEMx01")},
-    "bad_gateway": dict.fromkeys(["alpaca", "tushare", "nasdaq"], (502, "<html>")),
-    "unavailable": {"alpaca": (503, "unavailable"), "tushare": (503, "503"), "nasdaq": (503, "QEXx01")},
-    "token_refused": {"alpaca": (400, "page_token"), "tushare": (200, "offset"), "nasdaq": (422, "cursor_id")},
-    "unknown_error": {"alpaca": (460, "unexpected"), "tushare": (200, "59999"), "nasdaq": (460, "QEZx99")},
-    "html_in_200": dict.fromkeys(["alpaca", "tushare", "nasdaq"], (200, "<html>")),
+    "server_error": {"alpaca": (500, "internal"), "tushare": (500, "500"), "nasdaq_data_link": (500, "QEMx01")},
+    "bad_gateway": dict.fromkeys(["alpaca", "tushare", "nasdaq_data_link"], (502, "<html>")),
+    "unavailable": {"alpaca": (503, "unavailable"), "tushare": (503, "503"), "nasdaq_data_link": (503, "QEXx01")},
+    "token_refused": {
+        "alpaca": (400, "page_token"),
+        "tushare": (200, "offset"),
+        "nasdaq_data_link": (422, "cursor_id"),
+    },
+    "unknown_error": {"alpaca": (460, "unexpected"), "tushare": (200, "59999"), "nasdaq_data_link": (460, "QEZx99")},
+    "html_in_200": dict.fromkeys(["alpaca", "tushare", "nasdaq_data_link"], (200, "<html>")),
 }
 
 
@@ -219,7 +231,7 @@ def test_words_are_those_recorded(start, ask, recorded):
             ("bad_key", 0): 5,
             ("wrong_argument", 0): 6,
         },
-        "nasdaq": {
+        "nasdaq_data_link": {
             ("day_quota", 0): 1,
             ("too_frequent", 0): 3,
             ("too_many_rows", 0): 5,
@@ -231,7 +243,7 @@ def test_words_are_those_recorded(start, ask, recorded):
         "alpaca": {("too_frequent", 0): 0, ("bad_key", 0): 1, ("no_permission", 0): 2, ("wrong_argument", 0): 3},
     }
     for provider, table in real.items():
-        bodies = known["nasdaq_data_link" if provider == "nasdaq" else provider]
+        bodies = known[provider]
         for (fault, limit), number in table.items():
             replica = start(faults=[{"fault": fault, "limit": limit}])
             answer = ask(replica).any(provider)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from providers.replica import journal
-from providers.replica.journal import repeated, violations
+from providers.replica.journal import most_at_once, repeated, violations
 
 
 def test_an_entry_tells_when_who_what_and_how_it_ended(start, ask):
@@ -100,7 +100,7 @@ def test_violations_count_requests_that_overfill_the_window_behind_them(times, l
 
 
 def test_violations_can_look_at_one_provider_one_account_and_the_sending(start):
-    log = [entry(0), entry(0.1, provider="nasdaq"), entry(0.2, account="other"), entry(0.3, sent=5.0)]
+    log = [entry(0), entry(0.1, provider="nasdaq_data_link"), entry(0.2, account="other"), entry(0.3, sent=5.0)]
     assert violations(log, 1, 1.0) == 3
     assert violations(log, 1, 1.0, provider="alpaca") == 2
     assert violations(log, 1, 1.0, provider="alpaca", account="REPLICA-KEY") == 1
@@ -118,3 +118,13 @@ def test_repeated_names_requests_asked_more_than_once(start, ask):
     assert [(r["params"]["symbols"], times) for r, times in repeated(replica.log)] == [("FB", 3), ("AAPL", 2)]
     paid = repeated(replica.log, verdicts=("rows", "empty"))
     assert [(r["params"]["symbols"], times) for r, times in paid] == [("FB", 3)]
+
+
+def test_most_at_once_counts_requests_from_sent_to_answered(start, ask):
+    log = [{**entry(t), "sent": t, "answered": end} for t, end in ((0, 2), (1, 3), (2, 4), (5, None), (6, 7))]
+    assert most_at_once(log) == 2
+    assert most_at_once(log, provider="tushare") == 0
+    replica = start(delay=(0.05, 0.05))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: ask(replica).alpaca(), range(3)))
+    assert most_at_once(replica.log) == 3

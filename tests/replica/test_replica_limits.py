@@ -91,7 +91,7 @@ def test_tushare_words_for_hours_and_days(start, ask, per, words, verdict):
 def test_nasdaq_tells_the_day_from_ten_minutes_by_its_code(start, ask, key, per, code, verdict):
     tier = "anonymous" if key is None else [{"requests": 1, "per": per}]
     name = key or "anonymous"
-    replica = start(accounts={"nasdaq": {name: {"limits": tier}}}, clock=ManualClock(NOON))
+    replica = start(accounts={"nasdaq_data_link": {name: {"limits": tier}}}, clock=ManualClock(NOON))
     asker = ask(replica)
     for _ in range(60):
         answer = asker.nasdaq(key=key)
@@ -106,7 +106,7 @@ def test_nasdaq_tells_the_day_from_ten_minutes_by_its_code(start, ask, key, per,
     ("provider", "midnight"),
     [
         ("tushare", "2024-03-05T16:00:00+00:00"),  # midnight in Shanghai
-        ("nasdaq", "2024-03-06T00:00:00+00:00"),
+        ("nasdaq_data_link", "2024-03-06T00:00:00+00:00"),
         ("alpaca", "2024-03-06T05:00:00+00:00"),  # midnight in New York, in winter
     ],
 )
@@ -123,7 +123,7 @@ def test_a_day_begins_again_at_midnight_where_the_provider_lives(start, ask, pro
 
 
 def test_the_zone_of_a_day_can_be_set(start, ask):
-    replica = start(**only("nasdaq", {"requests": 1, "per": "day", "zone": "America/New_York"}))
+    replica = start(**only("nasdaq_data_link", {"requests": 1, "per": "day", "zone": "America/New_York"}))
     asker = ask(replica)
     asker.nasdaq()
     replica.clock.set(datetime(2024, 3, 6, 4, 59, tzinfo=UTC).timestamp())
@@ -169,7 +169,7 @@ def test_the_default_tiers_are_the_providers_own(start):
     assert told == {
         "alpaca": [(200, 60)],
         "tushare": [(100_000, 86_400), (200, 60)],
-        "nasdaq": [(50_000, 86_400), (2_000, 600), (300, 10)],
+        "nasdaq_data_link": [(50_000, 86_400), (2_000, 600), (300, 10)],
     }
 
 

@@ -90,6 +90,19 @@ def test_csv_carries_the_cursor_in_a_header(start, ask):
     assert rows.equals(pl.concat(pl.DataFrame(p) for p in everything(asker, ticker="FB")))
 
 
+def test_csv_refuses_in_csv(start, ask):
+    asker = ask(
+        start(faults=[{"fault": "day_quota", "when": {"request": 1}}, {"fault": "empty", "when": {"request": 2}}])
+    )
+    path = "/api/v3/datatables/WIKI/PRICES.csv"
+    refused = asker.nasdaq(path)
+    assert (refused.status_code, refused.headers["Content-Type"]) == (429, "text/csv")
+    assert refused.text == "code,message\nQELx02,You have exceeded your daily call limit as a registered user.\n"
+    empty = pl.read_csv(asker.nasdaq(path).content)
+    assert (empty.height, empty.columns[:2]) == (0, ["ticker", "date"])
+    assert asker.nasdaq(path, colour="red").text.startswith("code,message\nQESx04,")
+
+
 def test_a_cursor_is_refused_with_other_filters(start, ask):
     replica = start()
     asker = ask(replica)

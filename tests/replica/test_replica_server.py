@@ -31,10 +31,10 @@ def closes(asker, **query):
 def test_a_restated_row_is_served_from_then_on_by_every_provider(start, ask, source):
     replica = start()
     asker = ask(replica)
-    before = [asker.any(p).content for p in ("alpaca", "tushare", "nasdaq")]
+    before = [asker.any(p).content for p in ("alpaca", "tushare", "nasdaq_data_link")]
     last = source.filter((pl.col("symbol") == "AAPL") & (pl.col("date") == pl.date(2013, 3, 1)))
     replica.update(last.with_columns(close=pl.lit(123.25)))
-    after = [asker.any(p).content for p in ("alpaca", "tushare", "nasdaq")]
+    after = [asker.any(p).content for p in ("alpaca", "tushare", "nasdaq_data_link")]
     assert all(b"123.25" in a and b"123.25" not in b for a, b in zip(after, before, strict=True))
 
 
@@ -129,7 +129,7 @@ def test_many_connections_at_once_are_all_served(start, ask):
 
     def work(n):
         asker = ask(replica)
-        return [asker.any(p).status_code for p in ("alpaca", "tushare", "nasdaq") * 5]
+        return [asker.any(p).status_code for p in ("alpaca", "tushare", "nasdaq_data_link") * 5]
 
     with ThreadPoolExecutor(16) as pool:
         assert {status for found in pool.map(work, range(16)) for status in found} == {200}

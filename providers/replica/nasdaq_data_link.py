@@ -2,8 +2,8 @@
 
 Served: GET or POST /api/v3/datatables/WIKI/PRICES(.json|.csv) with filters ticker and date (.gte, .gt, .lte, .lt,
 .eq), qopts.columns, qopts.per_page (at most 10,000), qopts.cursor_id and qopts.export. Rows come by ticker, then date.
-The CSV form sends the next cursor in the header Cursor_ID. The source holds no dividends and no splits: ex-dividend is
-always 0.0 and split_ratio 1.0, while adj_* carry the source's factor of adjusted to raw close.
+The CSV form sends the next cursor in the header Cursor_ID and refuses in CSV. The source holds no dividends and no
+splits: ex-dividend is always 0.0 and split_ratio 1.0, while adj_* carry the source's factor of adjusted to raw close.
 
 Bodies named "ours" in comments are not recorded from the provider: it is not known to say such a thing.
 """
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ TABLE = re.compile(r"/api/v3/datatables/([A-Za-z0-9_]+/[A-Za-z0-9_]+?)(\.json|\.
 BULK = re.compile(r"/api/v3/bulk/([0-9a-f]{16})/[^/]+\.zip")
 PRICES = "WIKI/PRICES"
 DECIMAL = "BigDecimal(34,12)"
+CSV = "text/csv"
 COLUMN_TYPES = {
     "ticker": "String",
     "date": "Date",
@@ -92,7 +93,7 @@ class Export:
 class Nasdaq:
     """See `exchange.Front`."""
 
-    name = "nasdaq"
+    name = "nasdaq_data_link"
 
     def __init__(self, pages: Pages, export_polls: int) -> None:
         self._pages = pages
@@ -128,6 +129,9 @@ class Nasdaq:
         return "datatables"
 
     def answer(self, request: Request, account: Account, seen: Published, cut: int | None = None) -> Answer:
+        return _in_form(request, self._answer(request, account, seen, cut))
+
+    def _answer(self, request: Request, account: Account, seen: Published, cut: int | None) -> Answer:
         try:
             if bulk := BULK.fullmatch(request.path):
                 return self._download(bulk[1])
@@ -136,7 +140,7 @@ class Nasdaq:
                 words = "You have submitted an incorrect Quandl code. Please check your Quandl codes and try again."
                 raise Refusal(404, "QECx02", words)
             if PRICES in account.denied:
-                return self.say("no_permission", Circumstances(request, seen.now))
+                return self._say("no_permission", Circumstances(request, seen.now))
             if request.method not in ("GET", "POST"):
                 raise Refusal(405, "QESx04", SYNTAX)
             arguments = _arguments(request)
@@ -176,7 +180,7 @@ class Nasdaq:
         verdict = "split" if hidden else "rows" if rows.height else "empty"
         if as_csv:
             headers = (("Cursor_ID", cursor),) if cursor else ()
-            return Answer(200, rows.write_csv().encode(), verdict, rows.height, "text/csv", headers)
+            return Answer(200, rows.write_csv().encode(), verdict, rows.height, CSV, headers)
         return Answer(200, _table(rows, cursor), verdict, rows.height)
 
     def _continuation(self, cursor: str | None, query: Query) -> tuple[str, date] | None:
@@ -232,9 +236,14 @@ class Nasdaq:
         return answer.with_headers(*_rate(admission.limit, admission.remaining))
 
     def say(self, fault: str, at: Circumstances) -> Answer:
+        return _in_form(at.request, self._say(fault, at))
+
+    def _say(self, fault: str, at: Circumstances) -> Answer:
         options = at.options
         if fault == "empty":
             none = pl.DataFrame(schema=dict.fromkeys(COLUMN_TYPES, pl.Float64))
+            if at.request.path.endswith(".csv"):
+                return Answer(200, none.write_csv().encode(), "empty", content_type=CSV)
             return Answer(200, _table(none, None), "empty")
         tier = at.tier
         daily = {
@@ -400,6 +409,15 @@ def _table(rows: pl.DataFrame, cursor: str | None) -> bytes:
 
 def _error(code: str, words: str) -> bytes:
     return json.dumps({"quandl_error": {"code": code, "message": words}}).encode()
+
+
+def _in_form(request: Request, answer: Answer) -> Answer:
+    """A refusal in the form asked for: CSV says in CSV what it refuses."""
+    if not request.path.endswith(".csv") or answer.refused is None:
+        return answer
+    said = json.loads(answer.body)["quandl_error"]
+    lines = pl.DataFrame({"code": [said["code"]], "message": [said["message"]]}).write_csv()
+    return replace(answer, body=lines.encode(), content_type=CSV)
 
 
 def _pack(export: Export, query: Query, seen: Published) -> None:
