@@ -1,0 +1,182 @@
+"""What a flow run shows of a run in Prefect's user interface: its progress while it lasts, then tables and the report.
+
+Artifacts are a view: the report itself is kept beside the ledger, so a server that refuses one ends no run. How a
+report reads is in `marketsync/rendering`; what it says is in `marketsync/report.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+)
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.exceptions import PrefectException
+
+from marketsync.ledger import RunRow
+from marketsync.report import DatasetReport, RunReport, RunState
+from tasks.inquiry import Estimate
+from tasks.steps import progress
+
+PROGRESS_SECONDS = 5.0
+LONGEST_MARKDOWN_CHARACTERS = 200_000
+REFUSED = (PrefectException, httpx.HTTPError)
+
+log = logging.getLogger(__name__)
+
+
+def key_of(kind: str, plan: str) -> str:
+    """Return an artifact's key, by which Prefect shows its history: lower-case letters, digits and dashes."""
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', plan.lower()).strip('-')}"
+
+
+class ProgressDisplay:
+    """A progress artifact that follows a run of this process; a context manager.
+
+    The share is requests sent of requests expected; it stays below 100 % until the run says how it ended.
+    """
+
+    def __init__(self, run: RunRow, estimate: Estimate | None):
+        self._run = run
+        self._expected = 0 if estimate is None else estimate.requests
+        self._until = "" if estimate is None or estimate.done_at is None else f"{estimate.done_at:%Y-%m-%d %H:%M} UTC"
+        self._over = threading.Event()
+        self._id: UUID | None = None
+        self._thread = threading.Thread(target=self._follow, name="progress-artifact", daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        try:
+            made = create_progress_artifact(0.0, key_of("progress", self._run.plan), self._said())
+        except REFUSED as error:
+            log.warning("the progress of run %s is not shown: %s", self._run.run_id, error)
+        else:
+            assert isinstance(made, UUID)  # a coroutine only where an event loop runs
+            self._id = made
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._id is not None:
+            self._thread.join()
+
+    def ended(self, report: RunReport) -> None:
+        """Show how the run ended."""
+        self.__exit__()
+        done = report.state in (RunState.COMPLETED, RunState.COMPLETED_WITH_FINDINGS)
+        share = 100.0 if done else self._share(report.requests.sent)
+        self._update(share, f"{sentence(report)}.")
+
+    def _follow(self) -> None:
+        while not self._over.wait(PROGRESS_SECONDS):
+            self._update(self._share(progress(self._run.run_id).sent), self._said())
+
+    def _share(self, sent: int) -> float:
+        return 0.0 if not self._expected else min(99.0, round(100 * sent / self._expected, 1))
+
+    def _said(self) -> str:
+        now = progress(self._run.run_id)
+        of = f" of about {self._expected:,}" if self._expected else ""
+        until = f"; done at about {self._until}" if self._until else ""
+        return f"Run {self._run.run_id}: {now.sent:,}{of} requests, {now.fetched:,} rows fetched{until}"
+
+    def _update(self, share: float, description: str) -> None:
+        if self._id is None:
+            return
+        try:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._id, ArtifactUpdate(data=share, description=description))
+        except REFUSED as error:
+            log.warning("the progress of run %s is not shown: %s", self._run.run_id, error)
+
+
+def sentence(report: RunReport) -> str:
+    """Return what came of a run in one sentence, for states and artifacts."""
+    rows, work = report.rows, report.work
+    parts = [f"{rows.fetched:,} rows of {report.requests.sent:,} requests"]
+    changed = [
+        f"{count:,} {word}"
+        for word, count in (("inserted", rows.inserted), ("updated", rows.updated), ("quarantined", rows.quarantined))
+        if count
+    ]
+    parts.extend(changed)
+    parts.extend(
+        f"{count:,} units {word}"
+        for word, count in (
+            ("wait", work.waiting),
+            ("not published yet", work.not_yet),
+            ("failed", work.failed),
+            ("dropped", work.dropped),
+        )
+        if count
+    )
+    return ", ".join(parts)
+
+
+def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
+    """Return the rows of the table artifact: a line for each dataset and store, what the run did and how it stands."""
+    lines = []
+    for part in datasets:
+        judged = part.judgement
+        newest, laggard = part.newest, part.laggard
+        complete = None if judged is None else judged.completeness
+        lines.append(
+            {
+                "dataset": part.dataset,
+                "store": part.store,
+                "rows": None if part.size is None else part.size.rows,
+                "inserted": part.rows.inserted,
+                "updated": part.rows.updated,
+                "complete": "" if complete is None else f"{complete:.2%}",
+                "missing sessions": None if judged is None else judged.missing,
+                "newest": "" if newest is None else f"{newest.newest} ({newest.subject})",
+                "furthest behind": "" if laggard is None else f"{laggard.newest} ({laggard.subject})",
+                "state": part.state or "in order",
+            }
+        )
+    return lines
+
+
+def show(report: RunReport, *, html_folder: Path | None = None, html_address: str | None = None) -> None:
+    """Make the artifacts of a run that has ended: a table of its datasets, the report in Markdown and, where a folder
+    is given, a link to the report written there as HTML."""
+    from marketsync.rendering.markdown import render as markdown
+
+    try:
+        if report.datasets:
+            create_table_artifact(
+                table(report.datasets), key_of("datasets", report.plan), f"Datasets of {report.plan} after {report.run}"
+            )
+        text = markdown(report)
+        if len(text) > LONGEST_MARKDOWN_CHARACTERS:
+            text = f"{text[:LONGEST_MARKDOWN_CHARACTERS]}\n\n(cut off here; `marketsync report {report.run}` shows all)"
+        create_markdown_artifact(text, key_of("report", report.plan), f"Report of {report.run}")
+        if html_folder is not None:
+            path = written(report, html_folder)
+            link = f"{html_address.rstrip('/')}/{path.name}" if html_address else path.as_uri()
+            create_link_artifact(
+                link, link_text=path.name, key=key_of("html", report.plan), description=f"Report of {report.run}"
+            )
+    except REFUSED as error:
+        log.warning("the report of run %s is not shown (it is kept beside the ledger): %s", report.run, error)
+
+
+def written(report: RunReport, folder: Path) -> Path:
+    """Write a report as HTML into a folder and return the file."""
+    from marketsync.rendering.html import render as html
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / f"{report.plan}-{report.run}.html"
+    path.write_text(html(report), encoding="utf-8")
+    return path

@@ -1,0 +1,203 @@
+"""What runs the steps of a run as Prefect tasks of the flow run it is made in, and what makes a signal a pause.
+
+Prefect keeps no progress and no result: the ledger does. What the steps do is in `tasks/`, what a flow is made of in
+the modules named after the flows.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from prefect import Task, allow_failure, get_run_logger
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, as_completed
+from prefect.states import Completed, Failed
+
+from marketsync.definition import Verdict
+from marketsync.errors import Interrupted, MarketSyncError, WaitingForQuota
+from tasks.fetch import Fetched
+from tasks.runner import Pending
+from tasks.watch import interrupt_all
+
+INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a signal came
+SHOWN_REMARKS = 20  # of one step in its log
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """What a step raised that is no failure of the step."""
+
+    error: Interrupted | WaitingForQuota
+
+
+class PrefectPending:
+    """A step that was submitted as a Prefect task."""
+
+    def __init__(self, future: PrefectFuture[Any]):
+        self.future = future
+
+    def result(self) -> Any:
+        """Wait for the step and return what it returned, or raise what it raised."""
+        value = self.future.result()
+        if isinstance(value, _Raised):
+            raise value.error
+        return value
+
+
+class PrefectRunner:
+    """A `tasks.runner.Runner` inside a flow run: each step is one Prefect task, run by the flow's task runner.
+
+    Steps can be submitted from any thread of the process: the flow run is remembered, not looked for in the thread.
+    """
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._lock = threading.Lock()
+        self._tasks: dict[Callable[..., Any], Task[..., Any]] = {}
+        self._names: Counter[str] = Counter()
+
+    def submit(
+        self, step: Callable[..., Any], *args: Any, after: Iterable[Pending] = (), name: str = ""
+    ) -> PrefectPending:
+        """Run `step(*args)` as a task once the steps of `after` have ended, whether well or not.
+
+        The task run is called `name`, with a number from the second of that name on. A step that raises
+        `WaitingForQuota` or `Interrupted` has not failed: its task run completes under that name, and the error is
+        raised by `result()`.
+        """
+        before = [allow_failure(pending.future) for pending in after if isinstance(pending, PrefectPending)]
+        with self._lock:
+            self._names[name] += 1
+            number = self._names[name]
+            run_name = name or step.__name__
+            run_name = run_name if number == 1 else f"{run_name} ({number})"
+            # A future's own context: Prefect sets variables in it.
+            future = self._context.copy().run(self._submit, self._task(step), run_name, args, before)
+        return PrefectPending(future)
+
+    @staticmethod
+    def _submit(task: Task[..., Any], run_name: str, args: tuple[Any, ...], before: list[Any]) -> PrefectFuture[Any]:
+        named = task.with_options(task_run_name=run_name.replace("{", "(").replace("}", ")"))
+        return named.submit(args, wait_for=before)
+
+    def _task(self, step: Callable[..., Any]) -> Task[..., Any]:
+        if step not in self._tasks:
+            self._tasks[step] = step_as_task(step)
+        return self._tasks[step]
+
+    def as_completed(self, pending: Iterable[Pending]) -> Iterator[Pending]:
+        """Yield the steps as they end."""
+        known = {item.future: item for item in pending if isinstance(item, PrefectPending)}
+        for future in as_completed(list(known)):
+            yield known[future]
+
+
+def step_as_task(step: Callable[..., Any]) -> Task[..., Any]:
+    """Wrap a step as a Prefect task of the arguments in one tuple: nothing cached, nothing kept, nothing retried.
+
+    A retry would be wrong here: requests are retried below, within their limits, and the ledger knows what is owed.
+    """
+
+    def run(arguments: tuple[Any, ...]) -> Any:
+        try:
+            result = step(*arguments)
+        except WaitingForQuota as wait:
+            return Completed(name="WaitingForQuota", message=str(wait), data=_Raised(wait))
+        except Interrupted as stop:
+            return Completed(name="Paused", message=str(stop), data=_Raised(stop))
+        except MarketSyncError as error:
+            # The message was written for a person; the way through our code would only hide it.
+            return Failed(message=str(error), data=error)
+        return _told(result)
+
+    run.__doc__ = step.__doc__
+    return Task(
+        run,
+        name=step.__name__,
+        description=(step.__doc__ or "").strip() or None,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=0,
+        log_prints=False,
+    )
+
+
+def _told(result: Any) -> Any:
+    """Return a fetching step's result in a state that tells a person what came of it; any other result as it is."""
+    if not isinstance(result, Fetched):
+        return result
+    logger = get_run_logger()
+    for note in result.notes[:SHOWN_REMARKS]:
+        logger.warning("%s: %s %s", note.kind, f"{note.dataset} {note.subject}".strip(), note.message)
+    if len(result.notes) > SHOWN_REMARKS:
+        logger.warning("%s more remarks are in the report", len(result.notes) - SHOWN_REMARKS)
+    counts = result.counts
+    message = f"{counts.fetched:,} rows of {counts.sent:,} requests, {counts.done:,} of {counts.units:,} units done"
+    if result.halt is not None and result.halt.verdict is Verdict.QUOTA:
+        return _named(result, "WaitingForQuota", f"{message}; {result.halt.message}")
+    if result.halt is not None:
+        return _named(result, "Stopped", f"{message}; {result.halt.message}")
+    if result.stopped is not None:
+        return _named(result, "Cancelled" if result.stopped == "cancelled" else "Paused", message)
+    return _named(result, "GoesOn" if result.more else "Completed", message)
+
+
+def _named(result: Any, name: str, message: str) -> State[Any]:
+    return Completed(name=name, message=message, data=result)
+
+
+class Interruption:
+    """Turns SIGTERM and Ctrl-C into a pause while a run lasts; a context manager.
+
+    The first signal asks every running step of the process to stop at its next page, and those that begin afterwards
+    too, so that what was fetched is sealed and delivered. The second is dealt with as if this were not here. In a
+    thread other than the main one no signal can be heard, and nothing is changed.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._over = threading.Event()
+        self._before: dict[signal.Signals, Any] = {}
+        self._teller = threading.Thread(target=self._tell, name="interruption", daemon=True)
+
+    def __enter__(self) -> Interruption:
+        self._teller.start()
+        if threading.current_thread() is threading.main_thread():
+            for one in self.SIGNALS:
+                self._before[one] = signal.signal(one, self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        self._over.set()
+        self.asked.set()
+        self._teller.join()
+
+    def _restore(self) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+        self._before.clear()
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        # Only an event is set here: locks of whatever the main thread was doing may be held.
+        self._restore()
+        self.asked.set()
+
+    def _tell(self) -> None:
+        self.asked.wait()
+        while not self._over.is_set():
+            interrupt_all()
+            self._over.wait(INTERRUPT_SECONDS)

@@ -1,0 +1,319 @@
+"""The flow that syncs one plan: the steps of `tasks/sync.py` as Prefect tasks, and a run's end as a Prefect state.
+
+A flow run that must wait for a quota ends, and asks its deployment for the run that goes on; see `continuation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import BeforeValidator, Field
+
+from flows.artifacts import REFUSED, ProgressDisplay, sentence, show
+from flows.continuation import continue_later, flow_run, is_caught_up, tell_caught_up
+from flows.runner import Interruption, PrefectRunner
+from marketsync.errors import ConfigurationError, Interrupted, MarketSyncError, WaitingForQuota
+from marketsync.ledger import RunRow
+from marketsync.report import Remark, RunReport, RunState
+from marketsync.upstream import NAME
+from tasks.inquiry import Estimate, estimate
+from tasks.sync import begin, broken_off, describe, finish, not_started, sweep
+from tasks.workspace import Options, Workspace, open_workspace
+
+DATASETS_AT_ONCE = 4
+STEP_SECONDS = 45.0  # of work in one task: a task costs about 35 ms, and a person reads some hundreds of them at most
+LONGEST_STEP_SECONDS = 900.0
+MOST_TASKS = 500  # of one flow run
+
+
+def _date_or_instant(value: Any) -> Any:
+    """Read text as a day when it is one, so that `until` means that day included; naive instants are UTC."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = date.fromisoformat(text) if len(text) <= 10 else datetime.fromisoformat(text)
+    if isinstance(value, datetime) and value.tzinfo is None:
+        value = value.replace(tzinfo=UTC)
+    return value
+
+
+Day = Annotated[date | datetime, BeforeValidator(_date_or_instant)]
+
+PlanName = Annotated[
+    str,
+    Field(
+        title="Plan",
+        pattern=NAME,
+        description="The name of a plan in the configuration file; it says which datasets, since when, into which "
+        "stores.",
+    ),
+]
+ConfigPath = Annotated[
+    str,
+    Field(
+        title="Configuration file",
+        min_length=1,
+        description="The path of upstream.yml on the machine where the worker runs; a relative one begins in "
+        "MARKETSYNC_HOME.",
+    ),
+]
+Since = Annotated[
+    Day | None,
+    Field(title="Since", description="The first day wanted, instead of the plan's own. None: as the plan says."),
+]
+Until = Annotated[
+    Day | None,
+    Field(title="Until", description="The last day wanted, included. None: as the plan says, usually up to now."),
+]
+Only = Annotated[
+    list[str],
+    Field(
+        title="Only these symbols",
+        description="Leave empty for all of the plan's. A run of some symbols never counts as 'caught up'.",
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    Field(title="Retry failed", description="Ask only for what failed or was dropped in earlier runs."),
+]
+Refetch = Annotated[
+    bool,
+    Field(
+        title="Fetch again",
+        description="Ask again for everything in the range, also what is there already. This spends quota.",
+    ),
+]
+RefetchBegun = Annotated[
+    datetime | None,
+    Field(
+        title="Fetch again what is older than",
+        description="Leave empty. Filled in by a run that waited for a quota while fetching again: what was asked "
+        "since then is not asked once more.",
+    ),
+]
+ReportFolder = Annotated[
+    str | None,
+    Field(
+        title="Folder for HTML reports",
+        description="Each run's report is written there as a file and linked from the run. None: not written.",
+    ),
+]
+ReportAddress = Annotated[
+    str | None,
+    Field(
+        title="Address of that folder",
+        description="The URL at which a web server shows the folder, such as https://reports.example.org. None: links "
+        "are file paths.",
+    ),
+]
+
+
+# Prefect declares the parameter for one kind of future only.
+_ON_THREADS: Any = ThreadPoolTaskRunner(max_workers=DATASETS_AT_ONCE)
+
+
+@flow(
+    name="sync-plan",
+    flow_run_name="sync-{plan}",
+    description="Fetches what a plan still owes, within every limit of its providers; delivers it to the plan's "
+    "stores, judges it against the trading calendar and reports. It can be stopped and started at any time: what was "
+    "done stays done.",
+    task_runner=_ON_THREADS,
+    persist_result=False,
+    retries=0,
+    log_prints=False,
+)
+def sync_plan(
+    plan: PlanName,
+    config: ConfigPath = "upstream.yml",
+    since: Since = None,
+    until: Until = None,
+    only: Only = [],  # noqa: B006 - read only, and what Prefect shows in its form
+    retry_failed: RetryFailed = False,
+    refetch: Refetch = False,
+    refetch_begun: RefetchBegun = None,
+    report_folder: ReportFolder = None,
+    report_address: ReportAddress = None,
+) -> State[Any]:
+    """Sync one plan; the returned state's data is the `RunReport`, or the error that left none.
+
+    The state is Completed, under a name that tells how: CompletedWithFindings, WaitingForQuota,
+    WaitingForPublication, Paused, Cancelled; or Failed with the first error.
+    """
+    logger = get_run_logger()
+    options = Options(since, until, tuple(only), retry_failed, refetch)
+    try:
+        workspace = open_workspace(config)
+        workspace.plan(plan)
+        report, signalled = _synced(workspace, plan, options, refetch_begun)
+    except MarketSyncError as error:
+        what = "the configuration is wrong" if isinstance(error, ConfigurationError) else type(error).__name__
+        logger.error("plan %s was not synced: %s\n%s", plan, what, error)
+        return Failed(message=str(error), data=error)
+    for remark in (*report.errors, *report.remarks):
+        logger.warning("%s: %s %s", remark.kind, f"{remark.dataset} {remark.subject}".strip(), remark.message)
+    show(report, html_folder=Path(report_folder) if report_folder else None, html_address=report_address)
+    if is_caught_up(report, options):
+        tell_caught_up(workspace, report)
+    return _ended(report, _what_next(workspace, report, options), cancelling=signalled and _is_cancelling())
+
+
+def _synced(
+    workspace: Workspace, plan: str, options: Options, refetch_begun: datetime | None
+) -> tuple[RunReport, bool]:
+    """Run a plan once; return its report and whether a signal asked it to stop."""
+    logger = get_run_logger()
+    path = str(workspace.path.resolve())
+    sweep(path)
+    run, state = begin(path, plan)
+    if state is not None:
+        return not_started(path, plan, run, state), False
+    if options.refetch and refetch_begun is not None:
+        # What was asked since the first of these runs began has been fetched again already.
+        run = replace(run, started=refetch_begun)
+    expected = expected_of(workspace, plan, options)
+    if expected is not None:
+        logger.info("plan %s: about %s requests are owed (run %s)", plan, f"{expected.requests:,}", run.run_id)
+    try:
+        with Interruption() as interruption, ProgressDisplay(run, expected) as display:
+            try:
+                outcomes = describe(path, plan, run, options, PrefectRunner(), seconds=step_seconds(expected))
+                report = finish(path, plan, run, outcomes, "prefect")
+            except WaitingForQuota as wait:
+                report = _broke(workspace, run, RunState.WAITING_FOR_QUOTA, str(wait), wait.resume_at)
+            except Interrupted as stop:
+                report = _broke(workspace, run, RunState.PAUSED, str(stop))
+            display.ended(report)
+            return report, interruption.asked.is_set()
+    except BaseException as error:
+        broken_off(path, run, error)
+        raise
+
+
+def expected_of(workspace: Workspace, plan: str, options: Options) -> Estimate | None:
+    """Return what a run is expected to ask; None where that is not known yet (a universe that this run fetches)."""
+    try:
+        return estimate(workspace, plan, options)
+    except MarketSyncError:
+        # If it is an error and not only too early to say, the step that meets it says so.
+        return None
+
+
+def step_seconds(expected: Estimate | None) -> float:
+    """Return how long a fetching step may work so that a long run does not take more than about `MOST_TASKS`."""
+    if expected is None:
+        return STEP_SECONDS
+    whole = sum(one.seconds or 0.0 for one in expected.datasets)
+    return min(LONGEST_STEP_SECONDS, max(STEP_SECONDS, whole / (0.9 * MOST_TASKS)))
+
+
+def _broke(
+    workspace: Workspace, run: RunRow, state: RunState, message: str, resume_at: datetime | None = None
+) -> RunReport:
+    """Close a run that a step ended early, with a report that says why."""
+    workspace.ledger.close_run(run.run_id, str(state), {"resume_at": resume_at.isoformat() if resume_at else None})
+    kind = "waiting" if resume_at else "paused"
+    return RunReport(
+        run=run.run_id,
+        plan=run.plan,
+        state=state,
+        resume_at=resume_at,
+        started=run.started,
+        ended=workspace.clock.now(),
+        remarks=(Remark(kind=kind, message=message, resume_at=resume_at),),
+        orchestrator="prefect",
+    )
+
+
+def _what_next(workspace: Workspace, report: RunReport, options: Options) -> str:
+    """Have a run that waits for a quota go on by itself; return the sentence that says how it goes on."""
+    if report.state is RunState.WAITING_FOR_PUBLICATION:
+        at = f"after {report.resume_at:%Y-%m-%d %H:%M} UTC " if report.resume_at else ""
+        return f"what is not published yet is asked for by the next run {at}".rstrip()
+    if report.state is not RunState.WAITING_FOR_QUOTA or report.resume_at is None:
+        return ""
+    at = f"{report.resume_at:%Y-%m-%d %H:%M} UTC"
+    changes: dict[str, Any] = {"retry_failed": False}
+    if options.refetch and report.started is not None:
+        changes["refetch_begun"] = report.started.isoformat()
+    try:
+        later = continue_later(workspace, report, report.resume_at, changes)
+    except (*REFUSED, RuntimeError) as error:
+        get_run_logger().error("plan %s: its continuation could not be scheduled: %s", report.plan, error)
+        return f"the quota is there again at {at}, but the run that goes on could not be scheduled: start one then"
+    if later is None:
+        return f"the quota is there again at {at}: run it again then, nothing is fetched twice"
+    return f"the quota is there again at {at}: flow run '{later.name}' is scheduled to go on"
+
+
+def _is_cancelling() -> bool:
+    """Return whether the signal that stopped us was Prefect's, for a cancellation from its user interface."""
+    this = flow_run()
+    if this is None:
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(this.id).state
+    except REFUSED:
+        return False
+    return state is not None and state.is_cancelling()
+
+
+NAMES: Mapping[RunState, str] = {
+    RunState.COMPLETED: "Completed",
+    RunState.COMPLETED_WITH_FINDINGS: "CompletedWithFindings",
+    RunState.WAITING_FOR_QUOTA: "WaitingForQuota",
+    RunState.WAITING_FOR_PUBLICATION: "WaitingForPublication",
+    RunState.PAUSED: "Paused",
+    RunState.CANCELLED: "Cancelled",
+}
+
+
+def _ended(report: RunReport, next_sentence: str, *, cancelling: bool = False) -> State[Any]:
+    """Return the final state of a flow run from its report."""
+    parts = [sentence(report), next_sentence]
+    if report.state is RunState.FAILED:
+        first = report.errors[0].message if report.errors else "see the report for what failed"
+        return Failed(message="; ".join([first, *filter(None, parts)]), data=report)
+    if report.state is RunState.COMPLETED_WITH_FINDINGS:
+        parts.extend(report.findings[:3])
+    if report.state in (RunState.PAUSED, RunState.CANCELLED):
+        parts.extend(remark.message for remark in report.remarks if remark.kind == "paused")
+        parts.append("another run goes on where this one stopped")
+    message = "; ".join(filter(None, parts))
+    if cancelling:
+        return Cancelled(message=message, data=report)
+    return Completed(name=NAMES[report.state], message=message, data=report)
+
+
+def run_from_command_line(config: str | Path, plan: str, options: Options) -> RunReport:
+    """Run the flow in this process, against PREFECT_API_URL or a server started for it, and return the report.
+
+    Raises what the run raised: `ConfigurationError` and the other exceptions of `marketsync.errors`.
+    """
+    state = sync_plan(
+        plan=plan,
+        config=str(Path(config).resolve()),
+        since=options.since,
+        until=options.until,
+        only=list(options.only),
+        retry_failed=options.retry_failed,
+        refetch=options.refetch,
+        return_state=True,
+    )
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, RunReport):
+        return result
+    if isinstance(result, BaseException):
+        raise result
+    raise MarketSyncError(
+        f"plan {plan}: Prefect ended the flow run as {state.name}: {state.message or 'no reason given'}"
+    )
