@@ -1,0 +1,68 @@
+"""Every engine as a fixture: a place of its own for each test, or one shared place where opening a place is dear."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from storage.protocol import Capabilities, Store
+from storage.registry import ENGINES, open_store
+
+ROOT = Path(__file__).parents[2]
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One empty place for a store of one engine."""
+
+    scheme: str
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.folder}"
+
+    def open(self) -> Store:
+        return open_store(self.url)
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place(request.param, tmp_path / "store")
+
+
+@pytest.fixture
+def store(place: Place) -> Iterator[Store]:
+    opened = place.open()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def dataset() -> str:
+    return f"made.d{next(_numbers)}"
+
+
+def needs(store: Store, **wanted: object) -> Capabilities:
+    """Skip the test, by the store's own words, when it does not declare these capabilities."""
+    for name, value in wanted.items():
+        if getattr(store.capabilities, name) != value:
+            pytest.skip(f"{store.url.partition(':')[0]} declares {name}={getattr(store.capabilities, name)}")
+    return store.capabilities
+
+
+def python(script: str, *arguments: object) -> list[str]:
+    """Return the command line that runs a script beside this file with our packages importable."""
+    start = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]; import runpy; "
+    return [
+        sys.executable,
+        "-c",
+        start + f"runpy.run_path({str(Path(__file__).parent / script)!r}, run_name='__main__')",
+        *map(str, arguments),
+    ]
