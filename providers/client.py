@@ -182,6 +182,11 @@ class Client:
             self._last.prepared = last
         return last[1]
 
+    def describe(self, ask: Ask, cursor: Mapping[str, Any] | None = None) -> str:
+        """Return the request as a person reads it, without sending it (a token to come is left out)."""
+        bearer = None if self.definition.auth.oauth2 is None else "..."
+        return build(self.definition, ask, cursor, self._secrets, base_url=self.base_url, bearer=bearer).label
+
     # ------------------------------------------------------------ judging
 
     def _decoder(self, dataset: str) -> Decoder:

@@ -202,8 +202,7 @@ class Deliverer:
                 log.exception("delivery to %s", self._target.store_id)
                 self._fail(segments[0].dataset, f"{type(error).__name__}: {error}")
                 return False
-            self._tally.add(inserted=written.inserted, updated=written.updated, unchanged=written.unchanged)
-            self._tally.delivered_rows += sum(segment.rows for segment in segments)
+            self._tally.wrote(self._target.store_id, written)
             return True
         return False
 
@@ -260,7 +259,7 @@ def deliver_owed(
             for batch in _batches(pairs, batch_rows):
                 chosen = [segment for segment, _ in batch]
                 written = deliver_segments(ledger, spool, target, schema, chosen, [None] * len(chosen), clock)
-                tally.add(inserted=written.inserted, updated=written.updated, unchanged=written.unchanged)
+                tally.wrote(target.store_id, written)
                 delivered += sum(segment.rows for segment in chosen)
         finally:
             ledger.let_go(hold, owner)
@@ -317,12 +316,8 @@ def fill_from_siblings(
                     stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
                     mode = Mode.UPSERT
                     written = target.store.write(Batch(dataset, schema, lane, seq, stamped, mode))
-                    tally.add(
-                        copied=frame.height,
-                        inserted=written.inserted,
-                        updated=written.updated,
-                        unchanged=written.unchanged,
-                    )
+                    tally.add(copied=frame.height)
+                    tally.wrote(target.store_id, written)
                     copied += frame.height
             pieces: dict[str, list[Covered]] = {}
             for subject in group:

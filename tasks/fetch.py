@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from providers.client import Ask, Outcome
-
 from marketsync.coverage import Answer
 from marketsync.definition import Verdict
 from marketsync.durations import parse_span
 from marketsync.errors import Interrupted, LeaseLost, WaitingForQuota
 from marketsync.ledger import Segment, Work, WorkState
 from marketsync.planning import Unit, halves
+from providers.client import Ask, Outcome
+from storage.protocol import Written
 from tasks.deliver import Deliverer
 from tasks.segments import PageRows, SegmentWriter
 from tasks.tally import Counts, Note, Tally
@@ -60,6 +60,7 @@ class Fetched:
     more: bool = False  # time was up; units are still owed
     halt: Halt | None = None
     stopped: str | None = None  # paused, cancelled, maintenance, interrupted
+    stores: dict[str, Written] = field(default_factory=dict)
     stores_down: dict[str, str] = field(default_factory=dict)
     started: datetime | None = None
     ended: datetime | None = None
@@ -223,6 +224,7 @@ class Fetcher:
         result.stopped = None if self._watch.stop is None else str(self._watch.stop)
         result.counts = self._tally.counts
         result.notes = self._tally.notes
+        result.stores = self._tally.stores
         result.ended = self._clock.now()
         return result
 

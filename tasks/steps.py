@@ -11,6 +11,7 @@ from datetime import datetime
 
 from marketsync.errors import StoreError
 from marketsync.ledger import this_owner
+from storage.protocol import Written
 from tasks.deliver import check_target, deliver_owed, fill_from_siblings
 from tasks.fetch import Fetched, Fetcher
 from tasks.tally import Counts, Note, Tally
@@ -48,6 +49,7 @@ class Prepared:
     dataset: str
     counts: Counts = field(default_factory=Counts)
     notes: list[Note] = field(default_factory=list)
+    stores: dict[str, Written] = field(default_factory=dict)
     drained: int = 0  # rows that were still in the spool
     copied: int = 0  # rows that a store got from its sibling
     void: list[str] = field(default_factory=list)  # stores whose table is not the one we knew
@@ -87,7 +89,7 @@ def prepare(task: Task) -> Prepared:
     """Make the tables, deliver what earlier runs left in the spool, fill stores from their siblings."""
     scope = task.scope()
     tally = tally_of(task.run_id)
-    result = Prepared(task.dataset, tally.counts, tally.notes)
+    result = Prepared(task.dataset, tally.counts, tally.notes, tally.stores)
     columns = {column.name: str(column.type) for column in scope.schema.columns}
     result.new_columns = scope.ledger.bind_dataset(task.dataset, scope.request_hash, scope.schema.hash(), columns)
     ready = []

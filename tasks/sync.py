@@ -31,7 +31,7 @@ from marketsync.report import (
     state_after,
     suggested,
 )
-from storage.protocol import Store
+from storage.protocol import Store, Written
 from tasks.fetch import Fetched
 from tasks.runner import Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
@@ -177,8 +177,8 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
 
 
 def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int) -> DatasetReport:
+    from tasks.judge import KnownHoles, read_known_holes
     from tasks.judge import judge as ask
-    from tasks.judge import read_known_holes
 
     if store.marker(scope.dataset) is None:
         return DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
@@ -191,7 +191,7 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
     subjects = [subject.name for subject in scope.subjects]
     coverage = scope.ledger.coverage([store_id], scope.dataset, scope.request_hash, subjects)[store_id]
     holes = scope.plan.judge.known_holes
-    known = {"known": read_known_holes(scope.workspace.base / holes)} if holes else {}
+    known = read_known_holes(scope.workspace.base / holes) if holes else KnownHoles()
     judgement = ask(
         scope.dataset,
         scope.spec,
@@ -205,7 +205,7 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
         fresh_by=scope.plan.fresh_by if scope.plan.until is None else None,
         allowed_missing=scope.plan.judge.missing,
         spans=None if small else list(touched),
-        **known,
+        known=known,
     )
     return replace(part, judgement=judgement)
 
@@ -276,8 +276,16 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
     resume.extend(note.resume_at for note in notes if note.resume_at is not None)
     if counts.not_yet and not resume:
         resume.append(now + timedelta(hours=1))
-    judged = tuple(part for outcome in outcomes for part in outcome.judged)
-    judged = tuple(replace(part, state=down.get(part.store, part.state)) for part in judged)
+    first_store = workspace.plan(plan).stores[0]
+    written = Written()
+    judged: list[DatasetReport] = []
+    for outcome in outcomes:
+        of_dataset, of_store = _rows_of(outcome)
+        written += of_store.get(first_store, Written())
+        for part in outcome.judged:
+            one = of_store.get(part.store, Written())
+            rows = replace(of_dataset, inserted=one.inserted, updated=one.updated, unchanged=one.unchanged)
+            judged.append(replace(part, rows=rows, state=down.get(part.store, part.state)))
     findings = any(part.judgement is not None and part.judgement.findings for part in judged)
     work = WorkCounts(
         units=counts.units,
@@ -341,9 +349,9 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         requests=RequestCounts(sent=counts.sent, retried=counts.retried, cool_downs=counts.cool_downs),
         rows=RowCounts(
             fetched=counts.fetched,
-            inserted=counts.inserted,
-            updated=counts.updated,
-            unchanged=counts.unchanged,
+            inserted=written.inserted,
+            updated=written.updated,
+            unchanged=written.unchanged,
             duplicates=counts.duplicates,
             quarantined=counts.quarantined,
         ),
@@ -353,11 +361,27 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         started=run.started,
         ended=now,
         remarks=tuple(remark for remark in remarks if remark.kind not in ERRORS),
-        datasets=judged,
+        datasets=tuple(judged),
         quotas=quotas_left(workspace, [outcome.dataset for outcome in outcomes]),
         orchestrator=orchestrator,
     )
     return replace(report, next_steps=suggested(report))
+
+
+def _rows_of(outcome: Outcome) -> tuple[RowCounts, dict[str, Written]]:
+    """Return what was fetched of a dataset, and what each store made of what it was given."""
+    rows = RowCounts()
+    stores: dict[str, Written] = {}
+    parts = [part for part in (outcome.prepared, *outcome.fetched) if part is not None]
+    for part in parts:
+        rows = RowCounts(
+            fetched=rows.fetched + part.counts.fetched,
+            duplicates=rows.duplicates + part.counts.duplicates,
+            quarantined=rows.quarantined + part.counts.quarantined,
+        )
+        for store_id, written in part.stores.items():
+            stores[store_id] = stores.get(store_id, Written()) + written
+    return rows, stores
 
 
 def quotas_left(workspace: Workspace, datasets: Iterable[str]) -> tuple[QuotaLeft, ...]:

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from marketsync.ledger import Segment
+from storage.protocol import Written
 
 
 @dataclass
@@ -27,9 +28,6 @@ class Counts:
     retried: int = 0
     cool_downs: int = 0
     fetched: int = 0
-    inserted: int = 0
-    updated: int = 0
-    unchanged: int = 0
     duplicates: int = 0
     quarantined: int = 0
     bytes: int = 0
@@ -62,7 +60,7 @@ class Tally:
     notes: list[Note] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     total_units: int = 0
-    delivered_rows: int = 0
+    stores: dict[str, Written] = field(default_factory=dict)  # what each store made of the rows it was given
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     NOTES = 200  # of each kind; the rest is counted in `left_out`
@@ -81,6 +79,11 @@ class Tally:
             duplicates=segment.duplicates,
             quarantined=segment.quarantined,
         )
+
+    def wrote(self, store_id: str, written: Written) -> None:
+        """Count a delivery."""
+        with self._lock:
+            self.stores[store_id] = self.stores.get(store_id, Written()) + written
 
     def note(self, note: Note) -> None:
         """Keep a note for the report."""
