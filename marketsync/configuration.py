@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from marketsync.definition import Dataset, Definition, Limit, Subjects
-from marketsync.document import Document, FieldPath, closest, dotted, read_document
+from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
 from marketsync.upstream import STORE_SCHEMES, Configuration, Plan, Universe, Upstream
@@ -146,6 +146,12 @@ class Loaded:
         return tuple(dict.fromkeys(name for text in texts for name in SECRET.findall(text)))
 
 
+def secrets_in(definition: Definition) -> tuple[str, ...]:
+    """Return the names of the secrets that a definition's requests need."""
+    text = definition.model_dump_json(include={"auth", "request", "datasets"})
+    return tuple(dict.fromkeys(SECRET.findall(text)))
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What `marketsync check` found in a file: what it is, what is wrong, what to think of, what it holds."""
@@ -203,6 +209,14 @@ def shipped_definitions() -> dict[str, Path]:
 def check_file(path: Path | str) -> list[Problem]:
     """Return every problem of a definition, an upstream.yml or a maintenance.yml; see `inspect_file`."""
     return list(inspect_file(path).problems)
+
+
+def problems_of(path: Path, text: str) -> list[Problem]:
+    """Return every problem that an upstream.yml at `path` would have with this text; see `load_configuration`."""
+    try:
+        return _loaded(path, parse_document(text, str(path)))[1]
+    except ConfigurationError as error:
+        return error.problems
 
 
 def inspect_file(path: Path | str, *, secrets_required: bool = False) -> Inspection:

@@ -1,0 +1,55 @@
+"""`marketsync check`: say everything that is wrong with a configuration file, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Json
+from cli.output import put, put_json
+from marketsync.errors import ExitCode
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command("check")(check)
+
+
+def check(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="upstream.yml, maintenance.yml or definitions; upstream.yml when none is named."),
+    ] = None,
+    secrets: Annotated[bool, typer.Option("--secrets", help="A secret without a value is a problem too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check files of any of the three kinds: every problem with its file, line, field and remedy."""
+    from marketsync.configuration import DEFAULT_FILE, inspect_file
+
+    found = [(path, inspect_file(path, secrets_required=secrets)) for path in files or [Path(DEFAULT_FILE)]]
+    if as_json:
+        put_json(
+            {
+                "files": [
+                    {
+                        "file": str(path),
+                        "kind": one.kind,
+                        "problems": [vars(problem) for problem in one.problems],
+                        "warnings": [vars(problem) for problem in one.warnings],
+                    }
+                    for path, one in found
+                ]
+            }
+        )
+    else:
+        for path, one in found:
+            for problem in one.problems:
+                put(str(problem))
+            for warning in one.warnings:
+                put(f"{warning} [warning]")
+            if not one.problems:
+                put(f"{path}: valid ({one.summary})")
+    if any(one.problems for _, one in found):
+        raise typer.Exit(int(ExitCode.CONFIGURATION))

@@ -1,0 +1,92 @@
+"""`marketsync plan add` and `plan list`: the plans of an upstream.yml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.options import Config, Json
+from cli.output import put, put_json, say
+from marketsync.errors import ConfigurationError
+
+plan_app = typer.Typer(name="plan", no_args_is_help=True, help="Add, list and compare plans.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.add_typer(plan_app)
+
+
+@plan_app.command("add")
+def add(
+    name: Annotated[str, typer.Argument(help="What the plan is called.")],
+    dataset: Annotated[list[str], typer.Option("--dataset", help="upstream.dataset; give it again for more.")],
+    universe: Annotated[str | None, typer.Option(help="A universe of the file.")] = None,
+    symbols: Annotated[str | None, typer.Option(help="The symbols themselves, joined by commas.")] = None,
+    since: Annotated[str | None, typer.Option(help="The first day wanted, such as 2020-01-01.")] = None,
+    until: Annotated[str | None, typer.Option(help="The last day wanted, included.")] = None,
+    store: Annotated[list[str] | None, typer.Option("--store", help="A store of the file; again for more.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="A cron expression, such as '0 19 * * 1-5'.")] = None,
+    zone: Annotated[str | None, typer.Option(help="The time zone of --schedule.")] = None,
+    fresh_by: Annotated[str | None, typer.Option(help="Rows are there by, such as '19:00 America/New_York'.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a plan of this name.")] = False,
+    config: Config = Path("upstream.yml"),
+) -> None:
+    """Add a plan to upstream.yml; comments and order of the file stay as they are.
+
+    An upstream that the file lacks is added too when its definition is shipped.
+    """
+    from marketsync.configuration import shipped_definitions
+    from marketsync.document import read_document
+    from marketsync.editing import add_parts
+
+    if universe and symbols:
+        raise ConfigurationError("--universe and --symbols exclude one another: give the name of a universe, or a list")
+    given: dict[str, Any] = {
+        "datasets": dataset,
+        "universe": [one.strip() for one in symbols.split(",") if one.strip()] if symbols else universe,
+        "since": since,
+        "until": until,
+        "stores": store or None,
+        "schedule": schedule,
+        "zone": zone,
+        "fresh_by": fresh_by,
+    }
+    value = read_document(config).value
+    upstreams = (value.get("upstreams") if isinstance(value, dict) else None) or {}
+    needed = dict.fromkeys(one.partition(".")[0] for one in dataset)
+    missing = [one for one in needed if one not in upstreams and one in shipped_definitions()]
+    parts: list[tuple[str, str, Any]] = [("upstreams", one, None) for one in missing]
+    parts.append(("plans", name, {field: one for field, one in given.items() if one is not None}))
+    add_parts(config, parts, replace=replace)
+    for one in missing:
+        say(f"{config}: added the upstream {one}; `marketsync check` says what it still needs")
+    put(f"{config}: added the plan {name}; run it with: marketsync sync {name} -c {config}")
+
+
+@plan_app.command("list")
+def list_plans(config: Config = Path("upstream.yml"), as_json: Json = False) -> None:
+    """List the plans: what, over what, since when, into which stores, how often."""
+    from marketsync.configuration import load_configuration
+
+    loaded = load_configuration(config)
+    plans = loaded.configuration.plans
+    if as_json:
+        put_json({"plans": {name: plan.model_dump(mode="json", exclude_defaults=True) for name, plan in plans.items()}})
+        return
+    if not plans:
+        say(f"{config} has no plan yet; add one with marketsync plan add")
+    for name, plan in plans.items():
+        over = "" if plan.universe is None else f" over {_universe(plan.universe)}"
+        since = f" since {plan.since}" if plan.since else ""
+        until = f" until {plan.until}" if plan.until else ""
+        when = f", {plan.schedule} {plan.zone}" if plan.schedule else ""
+        put(f"{name}: {', '.join(plan.datasets)}{over}{since}{until} into {', '.join(plan.stores)}{when}")
+
+
+def _universe(universe: str | tuple[str, ...]) -> str:
+    if isinstance(universe, str):
+        return universe
+    return ", ".join(universe[:5]) + (f" and {len(universe) - 5} more" if len(universe) > 5 else "")
