@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from marketsync.errors import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class RunState(StrEnum):
@@ -403,6 +403,25 @@ class RunReport:
             return msgspec.json.decode(text, type=cls)
         except msgspec.DecodeError as error:
             raise ValueError(f"this is not a run's report: {error}") from None
+
+
+def watermarks_of(judgement: Judgement | None, newest: Mapping[str, date | datetime]) -> tuple[Watermark, ...]:
+    """Return the watermarks of a table: `newest` from `Store.watermarks`, oldest days and rows as far as a full
+    judgement read them."""
+    judged = {c.subject: c for c in judgement.subjects} if judgement is not None and judgement.full else {}
+    marks = []
+    for subject in sorted({*newest, *(name for name, c in judged.items() if c.first)}):
+        seen = judged.get(subject)
+        last = newest.get(subject) or (seen.last if seen else None)
+        marks.append(
+            Watermark(
+                subject=subject,
+                oldest=seen.first.isoformat() if seen and seen.first else None,
+                newest=last.isoformat() if last else None,
+                rows=seen.rows if seen else None,
+            )
+        )
+    return tuple(marks)
 
 
 def _in_store(part: DatasetReport, parts: Sequence[DatasetReport]) -> list[str]:
