@@ -93,20 +93,20 @@ def report(
         wanted = f"run {run}" if run else "any run"
         raise ConfigurationError(f"there is no report of {wanted} in {workspace.state}; `marketsync sync` makes one")
     if html is not None:
-        from marketsync.rendering.html import render as page
+        from marketsync.rendering.html import html as page
 
         html.write_text(page(full(workspace, found)), encoding="utf-8")
         say(f"written: {html}")
     if as_json:
         put(found.to_json())
     elif markdown:
-        from marketsync.rendering.markdown import render as text
+        from marketsync.rendering.markdown import markdown as page
 
-        put(text(found))
+        put(page(found))
     elif html is None:
-        from marketsync.rendering.terminal import render
+        from marketsync.rendering.terminal import show
 
-        put(render(found))
+        show(found)
 
 
 def explain(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import put, say
+from cli.output import say
 from marketsync.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -53,21 +53,20 @@ def quickstart(
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "upstream.yml"
     with Replica(port=_free_port(), data="bokeh") as replica:
-        _write(directory, config, replica.url, replica.credentials["alpaca"])
+        _write(directory, config, replica.url, replica.credentials)
         say(f"1. A replica of Alpaca's market data API serves real bars on {replica.url} (no account, no internet).")
         say(f"2. {config} says what is wanted: five symbols, 2000-03-01 to 2013-03-01, into {directory / 'data'}.")
         say("3. marketsync sync quickstart")
         report = _sync(config)
         sent = report.requests.sent
-    from marketsync.rendering.html import render as page
-    from marketsync.rendering.terminal import render
-
+    from marketsync.rendering.html import html as page
+    from marketsync.rendering.terminal import show
     from tasks.sync import full
     from tasks.workspace import open_workspace
 
-    put(render(report))
-    html = directory / "report.html"
-    html.write_text(page(full(open_workspace(config), report)), encoding="utf-8")
+    show(report)
+    file = directory / "report.html"
+    file.write_text(page(full(open_workspace(config), report)), encoding="utf-8")
     if not sent:
         say("Everything was here already: no request was sent.")
     say("")
@@ -75,7 +74,7 @@ def quickstart(
     sql = "SELECT symbol, count(*) AS bars, max(close) AS highest FROM alpaca.daily_bars GROUP BY symbol"
     say(f'  marketsync query "{sql}" -c {config}')
     say(f"  marketsync explain alpaca.daily_bars IBM 2001-09-12 -c {config}")
-    say(f"  open {html}   # the report with the coverage of every month")
+    say(f"  open {file}   # the report with the coverage of every month")
     say(f"  marketsync replica --port {PORT} &  then: marketsync sync -c {config} --refetch")
     say("  marketsync init myproject   # your own configuration, for a real provider")
     code = int(report.state.exit_code)

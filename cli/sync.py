@@ -70,10 +70,10 @@ def sync(
     if as_json:
         put(reports_as_json(reports))
     else:
-        from marketsync.rendering.terminal import render
+        from marketsync.rendering.terminal import show
 
         for report in reports:
-            put(render(report))
+            show(report)
     raise typer.Exit(int(exit_code(reports)))
 
 
