@@ -47,75 +47,6 @@ def _date_or_instant(value: Any) -> Any:
 
 Day = Annotated[date | datetime, BeforeValidator(_date_or_instant)]
 
-PlanName = Annotated[
-    str,
-    Field(
-        title="Plan",
-        pattern=NAME,
-        description="The name of a plan in the configuration file; it says which datasets, since when, into which "
-        "stores.",
-    ),
-]
-ConfigPath = Annotated[
-    str,
-    Field(
-        title="Configuration file",
-        min_length=1,
-        description="The path of upstream.yml on the machine where the worker runs; a relative one begins in "
-        "MARKETSYNC_HOME.",
-    ),
-]
-Since = Annotated[
-    Day | None,
-    Field(title="Since", description="The first day wanted, instead of the plan's own. None: as the plan says."),
-]
-Until = Annotated[
-    Day | None,
-    Field(title="Until", description="The last day wanted, included. None: as the plan says, usually up to now."),
-]
-Only = Annotated[
-    list[str],
-    Field(
-        title="Only these symbols",
-        description="Leave empty for all of the plan's. A run of some symbols never counts as 'caught up'.",
-    ),
-]
-RetryFailed = Annotated[
-    bool,
-    Field(title="Retry failed", description="Ask only for what failed or was dropped in earlier runs."),
-]
-Refetch = Annotated[
-    bool,
-    Field(
-        title="Fetch again",
-        description="Ask again for everything in the range, also what is there already. This spends quota.",
-    ),
-]
-RefetchBegun = Annotated[
-    datetime | None,
-    Field(
-        title="Fetch again what is older than",
-        description="Leave empty. Filled in by a run that waited for a quota while fetching again: what was asked "
-        "since then is not asked once more.",
-    ),
-]
-ReportFolder = Annotated[
-    str | None,
-    Field(
-        title="Folder for HTML reports",
-        description="Each run's report is written there as a file and linked from the run. None: not written.",
-    ),
-]
-ReportAddress = Annotated[
-    str | None,
-    Field(
-        title="Address of that folder",
-        description="The URL at which a web server shows the folder, such as https://reports.example.org. None: links "
-        "are file paths.",
-    ),
-]
-
-
 # Prefect declares the parameter for one kind of future only.
 _ON_THREADS: Any = ThreadPoolTaskRunner(max_workers=DATASETS_AT_ONCE)
 
@@ -132,21 +63,38 @@ _ON_THREADS: Any = ThreadPoolTaskRunner(max_workers=DATASETS_AT_ONCE)
     log_prints=False,
 )
 def sync_plan(
-    plan: PlanName,
-    config: ConfigPath = "upstream.yml",
-    since: Since = None,
-    until: Until = None,
-    only: Only = [],  # noqa: B006 - read only, and what Prefect shows in its form
-    retry_failed: RetryFailed = False,
-    refetch: Refetch = False,
-    refetch_begun: RefetchBegun = None,
-    report_folder: ReportFolder = None,
-    report_address: ReportAddress = None,
+    plan: Annotated[str, Field(pattern=NAME)],
+    config: Annotated[str, Field(min_length=1)] = "upstream.yml",
+    since: Day | None = None,
+    until: Day | None = None,
+    only: list[str] = [],  # noqa: B006 - read only, and what Prefect shows in its form
+    retry_failed: bool = False,
+    refetch: bool = False,
+    report_folder: str | None = None,
+    report_address: str | None = None,
+    refetch_begun: datetime | None = None,
 ) -> State[Any]:
-    """Sync one plan; the returned state's data is the `RunReport`, or the error that left none.
+    """Sync one plan; the state returned holds the `RunReport`, or the error that left none.
 
     The state is Completed, under a name that tells how: CompletedWithFindings, WaitingForQuota,
-    WaitingForPublication, Paused, Cancelled; or Failed with the first error.
+    WaitingForPublication, Paused, Cancelled; or Failed with the first error. (Prefect's form shows the words below.)
+
+    Args:
+        plan: The name of a plan in the configuration file. It says which datasets, of what, since when, into which
+            stores.
+        config: The path of upstream.yml on the machine of the worker. A relative path begins in MARKETSYNC_HOME.
+        since: The first day wanted, instead of the plan's own. None: as the plan says.
+        until: The last day wanted (that day included), instead of the plan's own. None: as the plan says, which
+            usually is up to now.
+        only: Sync only these symbols, such as AAPL. Empty: all of the plan's. A run of some symbols never makes the
+            plan count as caught up.
+        retry_failed: Ask only for what failed or was dropped in earlier runs.
+        refetch: Ask again for everything in the range, also for what is there already. This spends quota.
+        report_folder: A folder on the machine of the worker. Each run's report is written there as an HTML file and
+            linked from the run. None: no file is written.
+        report_address: The URL at which a web server shows that folder. None: the link is a file path.
+        refetch_begun: Leave this empty. A run that fetches again and has to wait for its quota fills it in for the
+            run that goes on, so that nothing is asked for twice.
     """
     logger = get_run_logger()
     options = Options(since, until, tuple(only), retry_failed, refetch)
