@@ -500,11 +500,12 @@ class _Watched:
     a request two dictionary operations; one thread looks at all of them five times a second while there are any.
     """
 
-    __slots__ = ("connection", "deadline", "expired")
+    __slots__ = ("connection", "deadline", "expired", "sock")
 
     def __init__(self, seconds: float):
         self.deadline = time.monotonic() + seconds
         self.connection: HTTPConnection | None = None
+        self.sock: socket.socket | None = None
         self.expired = False
         _watch.add(self)
         _current.watched = self
@@ -513,7 +514,7 @@ class _Watched:
         """Watch no more."""
         _watch.remove(self)
         _current.watched = None
-        self.connection = None
+        self.connection = self.sock = None
 
 
 class _Watch:
@@ -550,7 +551,7 @@ class _Watch:
 
     def _cut(self, watched: _Watched) -> None:
         connection = watched.connection
-        sock = getattr(connection, "sock", None)
+        sock = watched.sock or getattr(connection, "sock", None)
         if sock is None or getattr(connection, "watched", None) is not watched:
             return  # not connected yet, or back in the pool and already another request's
         watched.expired = True
@@ -582,6 +583,7 @@ def _announce(connection: HTTPConnection) -> None:
     watched = getattr(_current, "watched", None)
     if watched is not None:
         watched.connection = connection
+        watched.sock = connection.sock  # http.client forgets it when only the connection's end will end the body
         connection.watched = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -589,6 +591,7 @@ class _HttpConnection(HTTPConnection):
     def connect(self) -> None:
         _announce(self)
         super().connect()
+        _announce(self)
 
     def request(self, *args: Any, **options: Any) -> None:
         _announce(self)
@@ -599,6 +602,7 @@ class _HttpsConnection(HTTPSConnection):
     def connect(self) -> None:
         _announce(self)
         super().connect()
+        _announce(self)
 
     def request(self, *args: Any, **options: Any) -> None:
         _announce(self)

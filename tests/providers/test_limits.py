@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -462,6 +463,32 @@ def test_a_light_request_does_not_starve_a_heavy_one_that_came_first(limiter):
     heavy.join(60)
     light.join(60)
     assert order == ["heavy", "light"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "weight"),
+    [(Limit(concurrent=1), 1), (Limit(requests=4, per="100 ms"), 4)],
+    ids=["a place among those at once", "a heavy request among light ones"],
+)
+def test_a_busy_process_lets_another_have_its_turn(limiter, limit, weight):
+    busy, other = (limiter(limit, clock=SystemClock()) for _ in range(2))
+    most, count, got_at = (4000 if limit.concurrent else 80), itertools.count(), []
+
+    def hurry():
+        while next(count) < most:
+            busy.reserve("daily").answered()
+
+    def ask():
+        other.reserve("daily", weight=weight, timeout_seconds=1).answered()
+        got_at.append(next(count))
+
+    hurrying = [in_thread(hurry) for _ in range(3)]
+    while next(count) < 20:
+        time.sleep(0.001)
+    asking = in_thread(ask)
+    for thread in (asking, *hurrying):
+        thread.join(120)
+    assert got_at[0] < most / 2
 
 
 def test_a_wait_for_one_dataset_does_not_hold_up_another(limiter):

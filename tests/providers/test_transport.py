@@ -250,11 +250,14 @@ def trickling(server, start: bytes):
     return trickle
 
 
-@pytest.mark.parametrize("how", ["silent", "a trickling body", "a trickling chunk", "a trickling header"])
+@pytest.mark.parametrize(
+    "how", ["silent", "a trickling body", "a trickling body without end", "a trickling chunk", "a trickling header"]
+)
 def test_an_answer_that_is_not_whole_by_its_deadline_is_a_time_out(server, transport, limiter, how):
     server.routes["/slow"] = {
         "silent": silent(server),
         "a trickling body": trickling(server, answer(b"x" * 600)[:-600]),
+        "a trickling body without end": trickling(server, b"HTTP/1.1 200 OK\r\n\r\n"),
         "a trickling chunk": trickling(server, chunked(end=False) + b"258\r\n"),
         "a trickling header": trickling(server, b"HTTP/1.1 200 OK\r\nX-Slow: "),
     }[how]
