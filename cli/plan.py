@@ -90,3 +90,43 @@ def _universe(universe: str | tuple[str, ...]) -> str:
     if isinstance(universe, str):
         return universe
     return ", ".join(universe[:5]) + (f" and {len(universe) - 5} more" if len(universe) > 5 else "")
+
+
+@plan_app.command("diff")
+def diff(
+    name: Annotated[str | None, typer.Argument(help="The plan; all of them when none is named.")] = None,
+    config: Config = Path("upstream.yml"),
+    as_json: Json = False,
+) -> None:
+    """Say what the file as it stands would newly ask for, and what it leaves. Sends nothing."""
+    from dataclasses import asdict
+
+    from tasks.inquiry import diff as compare
+    from tasks.workspace import open_workspace
+
+    workspace = open_workspace(config)
+    names = [name] if name else list(workspace.loaded.configuration.plans)
+    found = {one: compare(workspace, one) for one in names}
+    if as_json:
+        put_json({one: [asdict(part) for part in parts] for one, parts in found.items()})
+        return
+    for one, parts in found.items():
+        for part in parts:
+            put(f"{one}: {part.dataset}: {part.requests:,} requests would be sent")
+            if part.new_request:
+                put("  the request itself changed: everything is asked again under the new one")
+            for why, count in part.owed.items():
+                put(f"  {count:,} units: {why}")
+            if part.new_subjects:
+                put(f"  new: {_some(part.new_subjects)}")
+            if part.gone_subjects:
+                put(f"  no longer asked for, rows stay: {_some(part.gone_subjects)}")
+            if part.new_columns:
+                put(f"  new columns: {', '.join(part.new_columns)} (empty in old rows until `sync {one} --refetch`)")
+            for store, count in part.copies.items():
+                put(f"  {store} gets what it lacks of {count:,} subjects from its sibling, at no request")
+            put(f"  left as they are: {part.left:,} subjects")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
