@@ -25,9 +25,14 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
 
 from marketsync.ledger import RunRow
+from marketsync.rendering.html import html
+from marketsync.rendering.markdown import markdown
+from marketsync.rendering.words import many, share
 from marketsync.report import DatasetReport, RunReport, RunState
 from tasks.inquiry import Estimate
 from tasks.steps import progress
+from tasks.sync import full
+from tasks.workspace import Workspace
 
 PROGRESS_SECONDS = 5.0
 LONGEST_MARKDOWN_CHARACTERS = 200_000
@@ -104,20 +109,21 @@ class ProgressDisplay:
 def sentence(report: RunReport) -> str:
     """Return what came of a run in one sentence, for states and artifacts."""
     rows, work = report.rows, report.work
-    parts = [f"{rows.fetched:,} rows of {report.requests.sent:,} requests"]
-    changed = [
-        f"{count:,} {word}"
-        for word, count in (("inserted", rows.inserted), ("updated", rows.updated), ("quarantined", rows.quarantined))
-        if count
-    ]
-    parts.extend(changed)
+    if not report.requests.sent and not work.units:
+        return "nothing was asked"
+    parts = [f"{many(rows.fetched, 'row')} of {many(report.requests.sent, 'request')}"]
     parts.extend(
-        f"{count:,} units {word}"
-        for word, count in (
-            ("wait", work.waiting),
-            ("not published yet", work.not_yet),
-            ("failed", work.failed),
-            ("dropped", work.dropped),
+        f"{count:,} {word}"
+        for count, word in ((rows.inserted, "inserted"), (rows.updated, "updated"), (rows.quarantined, "quarantined"))
+        if count
+    )
+    parts.extend(
+        f"{many(count, 'unit')} {word}"
+        for count, word in (
+            (work.waiting, "waiting"),
+            (work.not_yet, "not published yet"),
+            (work.failed, "failed"),
+            (work.dropped, "dropped"),
         )
         if count
     )
@@ -130,7 +136,6 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
     for part in datasets:
         judged = part.judgement
         newest, laggard = part.newest, part.laggard
-        complete = None if judged is None else judged.completeness
         lines.append(
             {
                 "dataset": part.dataset,
@@ -138,7 +143,7 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
                 "rows": None if part.size is None else part.size.rows,
                 "inserted": part.rows.inserted,
                 "updated": part.rows.updated,
-                "complete": "" if complete is None else f"{complete:.2%}",
+                "complete": share(None if judged is None else judged.completeness),
                 "missing sessions": None if judged is None else judged.missing,
                 "newest": "" if newest is None else f"{newest.newest} ({newest.subject})",
                 "furthest behind": "" if laggard is None else f"{laggard.newest} ({laggard.subject})",
@@ -148,35 +153,30 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
     return lines
 
 
-def show(report: RunReport, *, html_folder: Path | None = None, html_address: str | None = None) -> None:
+def show(
+    workspace: Workspace, report: RunReport, *, html_folder: Path | None = None, html_address: str | None = None
+) -> None:
     """Make the artifacts of a run that has ended: a table of its datasets, the report in Markdown and, where a folder
     is given, a link to the report written there as HTML."""
-    from marketsync.rendering.markdown import render as markdown
-
+    about = f"Run {report.run} of {report.plan}"
     try:
         if report.datasets:
-            create_table_artifact(
-                table(report.datasets), key_of("datasets", report.plan), f"Datasets of {report.plan} after {report.run}"
-            )
+            create_table_artifact(table(report.datasets), key_of("datasets", report.plan), f"{about}: its datasets")
         text = markdown(report)
         if len(text) > LONGEST_MARKDOWN_CHARACTERS:
             text = f"{text[:LONGEST_MARKDOWN_CHARACTERS]}\n\n(cut off here; `marketsync report {report.run}` shows all)"
-        create_markdown_artifact(text, key_of("report", report.plan), f"Report of {report.run}")
+        create_markdown_artifact(text, key_of("report", report.plan), f"{about}: the report")
         if html_folder is not None:
-            path = written(report, html_folder)
+            path = written(workspace, report, html_folder)
             link = f"{html_address.rstrip('/')}/{path.name}" if html_address else path.as_uri()
-            create_link_artifact(
-                link, link_text=path.name, key=key_of("html", report.plan), description=f"Report of {report.run}"
-            )
+            create_link_artifact(link, path.name, key_of("html", report.plan), f"{about}: the report with its figures")
     except REFUSED as error:
         log.warning("the report of run %s is not shown (it is kept beside the ledger): %s", report.run, error)
 
 
-def written(report: RunReport, folder: Path) -> Path:
-    """Write a report as HTML into a folder and return the file."""
-    from marketsync.rendering.html import render as html
-
+def written(workspace: Workspace, report: RunReport, folder: Path) -> Path:
+    """Write a report as HTML, with every dataset judged from end to end, into a folder and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / f"{report.plan}-{report.run}.html"
-    path.write_text(html(report), encoding="utf-8")
+    path.write_text(html(full(workspace, report)), encoding="utf-8")
     return path

@@ -108,7 +108,7 @@ def sync_plan(
         return Failed(message=str(error), data=error)
     for remark in (*report.errors, *report.remarks):
         logger.warning("%s: %s %s", remark.kind, f"{remark.dataset} {remark.subject}".strip(), remark.message)
-    show(report, html_folder=Path(report_folder) if report_folder else None, html_address=report_address)
+    show(workspace, report, html_folder=Path(report_folder) if report_folder else None, html_address=report_address)
     if is_caught_up(report, options):
         tell_caught_up(workspace, report)
     return _ended(report, _what_next(workspace, report, options), cancelling=signalled and _is_cancelling())
