@@ -50,6 +50,8 @@ _EXAMPLES = 5
 _MOST_CELLS = 200_000
 _WORST_SUBJECTS = 150
 _SUBJECTS_PUSHED_DOWN = 500
+_LOOK_BACK_DAYS = 92
+_IDLE_SESSIONS = 5
 
 
 # ---------------------------------------------------------------- known holes
@@ -154,8 +156,9 @@ def judge(
     `coverage` is the ledger's, by subject. It tells what was asked: an absent session that was answered empty for good
     is empty, one never asked is missing even before the first row, one answered with rows and still absent is missing;
     without coverage every absence after the first row is missing. Sessions before a subject's first row are not
-    expected, unless a known hole that is open at its beginning says when it was listed. `firsts` are first dates known
-    from elsewhere, for spans that begin in the midst of a history.
+    expected, unless a known hole that is open at its beginning says when it was listed. With `spans`, a subject that
+    lacks sessions is looked up in the quarter before them (and in `firsts`: first dates known from elsewhere), so that
+    a gap in the midst of a history is not taken for a listing.
 
     Reads the store and raises its errors. For `irregular` datasets, and without a calendar, only soundness is judged.
     """
@@ -196,15 +199,13 @@ def judge(
     if days is None:
         return judgement
     asked = None if coverage is None else _by_column(coverage)
+    existed = {name for name, first in (firsts or {}).items() if ranges and first < ranges[0][0]}
+    if spans is not None and ranges:
+        existed |= _lately(dataset, store, schema, [name for name in tally.gaps if name not in existed], ranges[0][0])
     verdicts = {
         name: list(
             _verdicts(
-                name,
-                days,
-                tally,
-                None if asked is None else asked.get(name, []),
-                known.of(name),
-                (firsts or {}).get(name),
+                name, days, tally, None if asked is None else asked.get(name, []), known.of(name), name in existed
             )
         )
         for name in tally.names
@@ -464,6 +465,29 @@ def _told(row: Mapping[str, object], columns: Sequence[str]) -> str:
     )
 
 
+def _lately(dataset: str, store: Store, schema: Schema, names: Sequence[str], before: date) -> set[str]:
+    """Return who of `names` has rows in the quarter before a day: so a gap that begins there is no listing."""
+    import polars as pl
+
+    if not names or schema.time is None or store.marker(dataset) is None:
+        return set()
+    dated = schema[schema.time].type is ColumnType.DATE
+    by_subject = schema.subject is not None and list(names) != [EVERYTHING]
+    rows = store.scan(
+        dataset,
+        Filter(
+            subjects=names if by_subject and len(names) <= _SUBJECTS_PUSHED_DOWN else None,
+            since=_bound(before - timedelta(days=_LOOK_BACK_DAYS), dated),
+            until=_bound(before, dated),
+            columns=[schema.subject if by_subject and schema.subject else schema.time],
+        ),
+    )
+    if not by_subject:
+        return {EVERYTHING} if rows.head(1).collect().height else set()
+    seen = rows.select(pl.col(schema.subject or "").unique()).collect(engine="streaming").to_series()
+    return set(names) & set(seen)
+
+
 def _bound(day: date, dated: bool) -> date | datetime:
     return day if dated else midnight(day)
 
@@ -569,6 +593,7 @@ class _Verdict:
     last: int
     state: HoleState | None
     reason: str
+    empty: bool = False  # the provider said, for now or for good, that there is nothing
 
     @property
     def sessions(self) -> int:
@@ -589,19 +614,15 @@ def _verdicts(
     tally: _Tally,
     pieces: Sequence[Covered] | None,
     known: Sequence[KnownHole],
-    first_known: date | None,
+    existed: bool,
 ) -> Iterator[_Verdict]:
     """Yield what each absence of one subject means: its gaps, cut where the answer changes."""
     gaps = tally.gaps.get(name)
     if not gaps:
         return
-    begins = days.starts[0]
     first = tally.first.get(name)
     born = None if first is None else days.on_or_after(first)  # expected from here on
     listed = max((days.on_or_after(hole.last + _DAY) for hole in known if hole.first is None and hole.last), default=0)
-    existed = (first_known is not None and midnight(first_known) < begins) or any(
-        piece.answer is Answer.ROWS and piece.start < begins for piece in pieces or ()
-    )
     if existed:
         born = 0
     explained = [
@@ -632,29 +653,30 @@ def _meaning(
     explained: Sequence[tuple[int, int, str]],
     answered: Sequence[tuple[int, int, Covered]],
     asked_known: bool,
-) -> tuple[HoleState | None, str]:
+) -> tuple[HoleState | None, str, bool]:
     if at < listed:
-        return None, ""
+        return None, "", False
     for begin, end, reason in explained:
         if begin <= at < end:
-            return HoleState.EXPLAINED, reason
+            return HoleState.EXPLAINED, reason, False
     piece = next((piece for begin, end, piece in answered if begin <= at < end), None)
     young = at >= days.graceful
     if piece is None and asked_known:
-        return (HoleState.NOT_YET if young else HoleState.MISSING), "not asked yet"
+        return (HoleState.NOT_YET if young else HoleState.MISSING), "not asked yet", False
     if not listed and born is not None and at < born:
-        return None, ""
-    if piece is not None and piece.answer is Answer.EMPTY and piece.final:
-        return HoleState.EMPTY, "the provider answered that there is nothing"
+        return None, "", False
+    if piece is not None and piece.answer is Answer.EMPTY:
+        if piece.final:
+            return HoleState.EMPTY, "the provider answered that there is nothing", True
+        state = HoleState.NOT_YET if young else HoleState.MISSING
+        return state, "answered empty before it had settled; the next run asks again", True
     if young:
-        return HoleState.NOT_YET, "within the grace period"
+        return HoleState.NOT_YET, "within the grace period", False
     if piece is None:
-        return HoleState.MISSING, ""
+        return HoleState.MISSING, "", False
     if piece.answer is Answer.NOT_YET:
-        return HoleState.MISSING, "not published although the grace period is over"
-    if piece.answer is Answer.EMPTY:
-        return HoleState.MISSING, "answered empty before it had settled; the next run asks again"
-    return HoleState.MISSING, "not in the provider's answer"
+        return HoleState.MISSING, "not published although the grace period is over", False
+    return HoleState.MISSING, "not in the provider's answer", False
 
 
 # ---------------------------------------------------------------- the judgement
@@ -691,7 +713,7 @@ def _holes(days: _Days, verdicts: Mapping[str, Sequence[_Verdict]]) -> tuple[Hol
             last = joined[-1] if joined else None
             alike = last is not None and (last.state, last.reason) == (verdict.state, verdict.reason)
             if last is not None and alike and last.last + 1 == verdict.first and verdict.first not in days.begins:
-                joined[-1] = _Verdict(last.first, verdict.last, verdict.state, verdict.reason)
+                joined[-1] = replace(last, last=verdict.last)
             else:
                 joined.append(verdict)
         for verdict in joined:
@@ -794,10 +816,17 @@ def _freshness(
     if session is None:
         return Freshness(promise=fresh_by, state=FreshState.NOT_DUE, next_due=upcoming, newest=newest)
     at = days.on_or_after(session)
+    idle_before = days.days[max(0, at - _IDLE_SESSIONS)]
     behind = sorted(
         name
         for name, found in verdicts.items()
-        if any(v.first <= at <= v.last and v.state in (HoleState.MISSING, HoleState.NOT_YET) for v in found)
+        if any(
+            v.first <= at <= v.last
+            and v.state in (HoleState.MISSING, HoleState.NOT_YET)
+            # A delisted symbol is answered empty every night and never again has a row: it breaks no promise.
+            and not (v.empty and tally.last.get(name, date.min) < idle_before)
+            for v in found
+        )
     )
     due = _due(timing, fresh_by, session)
     return Freshness(

@@ -246,8 +246,44 @@ def test_spans_judge_their_days_only_and_what_existed_before_is_expected(shelf, 
     assert [h for h in told(found) if "AAPL" in h[4]] == [
         ("missing", date(2025, 3, 26), date(2025, 3, 28), 3, ("AAPL",))
     ]
+    alone = shelf.judge(spec, ["AAPL"], MARCH, spans=span)
+    assert told(alone) == told(found)[1:]
     by_coverage = shelf.judge(spec, ["AAPL"], MARCH, spans=span, coverage={"AAPL": [covered(MARCH, NOW.date())]})
     assert by_coverage.missing == 3
+
+
+def test_a_listing_within_a_span_is_no_hole_although_its_windows_were_answered(shelf, new_york):
+    spec = dataset()
+    listed = date(2025, 3, 26)
+    shelf.put(spec, bars(new_york, "NEW", listed, NOW.date()))
+    span = [Interval(midnight(date(2025, 3, 24)), midnight(NOW.date()))]
+    coverage = {"NEW": [covered(date(2025, 3, 20), NOW.date())]}  # asked for days, the answer had rows of the last
+    found = shelf.judge(spec, ["NEW"], MARCH, spans=span, coverage=coverage)
+    assert (found.missing, found.before_first, found.present) == (0, 2, 4)
+
+
+def test_a_delisted_symbol_that_is_answered_empty_every_night_breaks_no_promise(shelf, new_york):
+    spec = dataset(settles="1 session")
+    shelf.put(spec, bars(new_york, "LIVE", MARCH, date(2025, 4, 1)) + bars(new_york, "GONE", MARCH, date(2025, 3, 10)))
+    coverage = {
+        "LIVE": [covered(MARCH, NOW.date())],
+        "GONE": [
+            covered(MARCH, date(2025, 3, 10)),
+            covered(date(2025, 3, 10), date(2025, 3, 29), Answer.EMPTY),
+            covered(date(2025, 3, 29), NOW.date(), Answer.EMPTY, final=False),
+        ],
+    }
+    promise = {"fresh_by": "19:00 America/New_York", "coverage": coverage}
+    for spans in (None, [Interval(midnight(date(2025, 3, 25)), midnight(NOW.date()))]):
+        found = shelf.judge(spec, ["LIVE", "GONE"], MARCH, spans=spans, **promise)
+        assert found.freshness is not None
+        assert found.freshness.state is FreshState.ON_TIME
+        assert (found.missing, found.not_yet) == (0, 1)
+    # one that had a row the day before does
+    shelf.put(spec, bars(new_york, "GONE", date(2025, 3, 10), date(2025, 3, 31)))
+    late = shelf.judge(spec, ["LIVE", "GONE"], MARCH, **promise).freshness
+    assert late is not None
+    assert late.behind == ("GONE",)
 
 
 def test_spans_apart_make_holes_apart(shelf, new_york):
