@@ -909,7 +909,7 @@ def _inspected_definition(document: Document) -> Inspection:
         problems += _calendar_problems(document, _calendars_of(definition))
     summary = ""
     if definition is not None:
-        summary = f"definition of {definition.provider}: {len(definition.datasets)} datasets"
+        summary = f"the definition of {definition.provider}: {_counted(len(definition.datasets), 'dataset')}"
     return Inspection(Kind.DEFINITION, tuple(_in_order(problems)), (), summary)
 
 
@@ -917,7 +917,7 @@ def _inspected_maintenance(document: Document) -> Inspection:
     maintenance, problems = _maintenance(document)
     summary = ""
     if maintenance is not None:
-        summary = f"maintenance of {len(maintenance.stores)} stores, {len(maintenance.links)} links"
+        summary = f"{_counted(len(maintenance.stores), 'store')}, {_counted(len(maintenance.links), 'link')}"
     return Inspection(Kind.MAINTENANCE, tuple(problems), (), summary)
 
 
@@ -955,11 +955,18 @@ def _inspected_configuration(path: Path, document: Document, secrets_required: b
     missing = [_missing_secret(document, loaded, name) for name in loaded.secrets if not _has_secret(loaded, name)]
     warnings = list(loaded.warnings)
     (problems if secrets_required else warnings).extend(missing)
-    summary = (
-        f"{len(configuration.upstreams)} upstreams, {len(configuration.universes)} universes, "
-        f"{len(configuration.stores)} stores, {len(configuration.plans)} plans"
+    parts = (
+        (configuration.upstreams, "upstream"),
+        (configuration.universes, "universe"),
+        (configuration.stores, "store"),
+        (configuration.plans, "plan"),
     )
+    summary = ", ".join(_counted(len(part), noun) for part, noun in parts)
     return Inspection(Kind.UPSTREAM, tuple(_in_order(problems)), tuple(_in_order(warnings)), summary)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _calendars_of(definition: Definition) -> list[tuple[FieldPath, str]]:

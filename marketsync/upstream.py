@@ -230,6 +230,14 @@ class Configuration(Model):
     )
     plans: dict[Name, Plan] = Field(default={}, description="Plans by name.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_blocks(cls, data: Any) -> Any:
+        """A block whose every line is a comment is a block that is not there."""
+        if not isinstance(data, dict):
+            return data
+        return {name: part for name, part in data.items() if part is not None or name not in cls.model_fields}
+
     @model_validator(mode="after")
     def _references(self) -> Self:
         problems = list(self._broken_references())
