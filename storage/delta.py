@@ -1,8 +1,8 @@
 """Delta Lake tables in a folder: `delta://./folder`, one table per dataset in `<folder>/<provider>/<dataset>`.
 
-The Parquet files are written and rewritten by polars; deltalake keeps the log. One commit holds the files a batch adds,
-the files it replaces and the lane's `seq` (an application transaction), so rows and `seq` become durable together.
-An upsert reads only files whose period and statistics meet the batch, and rewrites only those in which a row changed.
+The Parquet files are written by polars as `parts.py` decides; deltalake keeps the log. One commit holds the files a
+batch adds, the files it replaces and the lane's `seq` (an application transaction), so rows and `seq` become durable
+together, and a reader sees all of a batch or nothing.
 
 Partition column `_period` ('2001', '2001-03', '2001-03-05') is the period of the time column; scans do not show it.
 Marker and schema are table properties. Not here: pyarrow, whose import would cost more than the import of deltalake.
@@ -11,29 +11,27 @@ Marker and schema are table properties. Not here: pyarrow, whose import would co
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import date, datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
-from marketsync.errors import SchemaError, StoreError
+from marketsync.errors import StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
-from storage import classify, evolution, filters, gate, lazyframes, location, locks
+from storage import evolution, gate, lazyframes, location, locks
 from storage.evolution import PERIOD_COLUMN
-from storage.periods import cut
+from storage.files import sync
+from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
     import deltalake
     import polars as pl
     import pyarrow as pa
+    from deltalake.transaction import AddAction
 
 CAPABILITIES = Capabilities(
     atomic=True,
@@ -47,18 +45,6 @@ CAPABILITIES = Capabilities(
     "unsigned_64: Delta has no unsigned integers, values above 2**63 - 1 are refused; declare the column str.",
 )
 
-# A file holds at most this many rows after a rewrite, which bounds what one changed row can cost (about 0.1 CPU s).
-FILE_ROWS = 262_144
-_ROW_GROUP_ROWS = 32_768
-# Automatic compaction: of a period's files, those with less than 32, 1,024 and 32,768 rows are three classes; 32 files
-# of one class become one file of the next. A row is rewritten at most three times, whatever the size of its batches.
-_CLASS_FILES = 32
-_CLASS_ROWS = (32, 1_024, 32_768)
-_LOOK_EVERY_COMMITS = 8
-# Behind one write at most so many rows are rewritten, or 8 times the rows it brought; opening a file counts for 512.
-_COMPACT_ROWS = 65_536
-_COMPACT_TIMES = 8
-_OPENING_ROWS = 512
 _CHECKPOINT_EVERY_COMMITS = 10  # commits since the last checkpoint make every open and commit dearer
 # A reader that opened the table this long ago can still read its files after `maintain`.
 _KEEP_REMOVED_FILES = timedelta(days=1)
@@ -67,7 +53,6 @@ _ATTEMPTS = 20
 _LOCK = "_marketsync.lock"
 _MARKER = "marketsync.marker"
 _SCHEMA = "marketsync.schema"
-_FILE = "__file"
 
 _DELTA_TYPES = {
     ColumnType.STR: "string",
@@ -81,29 +66,6 @@ _DELTA_TYPES = {
     ColumnType.DATETIME: "timestamp",
     ColumnType.DATETIME_NS: "timestamp",
 }
-
-
-@dataclass(frozen=True)
-class _File:
-    """One data file of a table as the log has it; bounds are None where the log has no statistics."""
-
-    path: str  # relative to the table's folder, as the log spells it
-    size: int
-    rows: int | None
-    period: str | None
-    since: date | datetime | None
-    last: date | datetime | None
-    first_subject: str | None
-    last_subject: str | None
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What one commit does: rows it adds by period (made one period at a time), files it removes."""
-
-    add: Iterable[tuple[str | None, pl.DataFrame]] = ()
-    remove: Sequence[_File] = ()
-    moves_rows: bool = True  # False for compaction, which changes no row
 
 
 class DeltaStore:
@@ -153,83 +115,42 @@ class DeltaStore:
     def write(self, batch: Batch) -> Written:
         dataset = batch.dataset
 
-        def decide(table: deltalake.DeltaTable, schema: Schema) -> tuple[_Change | None, Written]:
+        def decide(table: deltalake.DeltaTable, schema: Schema) -> tuple[Change | None, Written]:
             if (table.transaction_version(batch.lane) or 0) >= batch.seq:
                 return None, Written(already=True)
             frame, absent = self._admitted(dataset, batch.frame, batch.schema, schema)
-            if batch.mode is Mode.APPEND:
-                return _Change(cut(frame, schema)), Written(inserted=frame.height)
-            return self._upsert(dataset, table, schema, frame, absent)
+            parts = self._parts(dataset, table, schema, listed=batch.mode is not Mode.APPEND)
+            return parts.append(frame) if batch.mode is Mode.APPEND else parts.upsert(frame, absent)
 
         return self._commit(dataset, decide, lane=batch.lane, seq=batch.seq)
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
-        def decide(table: deltalake.DeltaTable, stored: Schema) -> tuple[_Change | None, Written]:
+        def decide(table: deltalake.DeltaTable, stored: Schema) -> tuple[Change | None, Written]:
             put, absent = self._admitted(dataset, frame, schema, stored)
-            inside = filters.expression(dataset, span, stored)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(f"{outside} of {put.height} rows to replace a span of {dataset} are outside of it")
-            # a row with a key of the frame counts as well where it is outside of the span: a key exists once
-            files = _files(table, stored)
-            found = self._read(dataset, self._within(dataset, files, stored, span), stored, tag=True)
-            found = (found if inside is None else found.filter(inside)).collect()
-            moved = self._with_keys(dataset, files, stored, put)
-            gone = found.join(put, on=list(stored.key), how="anti")
-            split = classify.split(put, moved, stored, absent=absent, tag=_FILE)
-            written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
-            if not (split.new.height or split.changed.height or gone.height):
-                return None, written
-            import polars as pl
-
-            touched = {*split.tags, *gone[_FILE].unique()}
-            out = pl.concat([split.changed.select(stored.key), gone.select(stored.key)])
-            return self._rewritten(dataset, files, stored, split, touched, out), written
+            return self._parts(dataset, table, stored).replace(put, absent, span)
 
         return self._commit(dataset, decide)
 
     # reading
 
     def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
-        import polars as pl
-
-        table = self._table(dataset)
-        schema = _stored(table, dataset)
-        names = filters.columns(dataset, filter, schema)
-        frame = self._read(dataset, self._within(dataset, _files(table, schema), schema, filter), schema)
-        condition = filters.expression(dataset, filter, schema)
-        if condition is not None:
-            frame = frame.filter(condition)
-        types, physical = schema.polars(system=True), _physical(schema)
-        return frame.select(pl.col(n) if types[n] == physical[n] else pl.col(n).cast(types[n]) for n in names)
+        return self._now(dataset).scan(filter)
 
     def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
         return lazyframes.arrow(self.scan(dataset, filter))
 
     def watermarks(self, dataset: str) -> dict[str, datetime | date]:
-        return lazyframes.watermarks(self.scan(dataset), dataset, self._schema(dataset))
+        parts = self._now(dataset)
+        return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
-        if filter.subjects is None and filter.since is None and filter.until is None:
-            table = self._table(dataset)
-            rows = [file.rows for file in _files(table, _stored(table, dataset))]
-            if None not in rows:
-                return sum(row for row in rows if row is not None)
-        return lazyframes.count(self.scan(dataset, filter))
+        return self._now(dataset).count(filter)
 
     # the rest
 
     def delete(self, dataset: str, filter: Filter) -> int:
-        def decide(table: deltalake.DeltaTable, schema: Schema) -> tuple[_Change | None, Written]:
-            inside = filters.expression(dataset, filter, schema)
-            files = _files(table, schema)
-            found = self._read(dataset, self._within(dataset, files, schema, filter), schema, tag=True)
-            found = (found if inside is None else found.filter(inside)).select(*schema.key, _FILE).collect()
-            if found.is_empty():
-                return None, Written()
-            none = self._read(dataset, [], schema).collect()
-            touched = set(found[_FILE].unique())
-            change = self._rewritten(dataset, files, schema, classify.Split(none, none, 0, []), touched, found)
-            return change, Written(deleted=found.height)
+        def decide(table: deltalake.DeltaTable, schema: Schema) -> tuple[Change | None, Written]:
+            return self._parts(dataset, table, schema).delete(filter)
 
         return self._commit(dataset, decide).deleted
 
@@ -239,34 +160,35 @@ class DeltaStore:
 
     def info(self, dataset: str) -> TableInfo:
         table = self._table(dataset)
-        files = _files(table, _stored(table, dataset))
+        parts = self._parts(dataset, table, _stored(table, dataset))
         return TableInfo(
             dataset,
-            rows=self.count(dataset),
-            bytes=sum(file.size for file in files),
-            files=len(files),
+            rows=parts.count(Filter()),
+            bytes=sum(part.size for part in parts.parts),
+            files=len(parts.parts),
             commits=table.version() + 1,
-            location=str(self._folder(dataset)),
+            location=str(parts.folder),
         )
 
     def query(self, sql: str) -> pl.DataFrame:
         return lazyframes.query(sql, self.datasets(), self.scan)
 
     def maintain(self, dataset: str) -> str:
+        from deltalake import CommitProperties
+
         with self._locked(dataset):
             table = self._table(dataset, writing=True)
             schema = _stored(table, dataset)
-            before = _files(table, schema)
-            small = [file for file in before if (file.rows or 0) < FILE_ROWS // 2]
-            groups = [files for files in _by_period(small).values() if len(files) > 1]
-            self._merge(dataset, table, schema, groups)
-            table.update_incremental()
-            after = _files(table, schema)
+            before = self._parts(dataset, table, schema)
+            if (change := before.merge_all()) is not None:
+                self._put(dataset, table, schema, change, CommitProperties(None, 0))
+                table.update_incremental()
+            after = self._parts(dataset, table, schema)
             removed = table.vacuum(dry_run=False, full=True)
             table.create_checkpoint()
             self._held.clear()
         return (
-            f"{dataset}: {len(before)} files became {len(after)}, {len(removed)} files that no reader "
+            f"{dataset}: {len(before.parts)} files became {len(after.parts)}, {len(removed)} files that no reader "
             f"of the last {_KEEP_REMOVED_FILES.days} day can need were deleted"
         )
 
@@ -318,8 +240,14 @@ class DeltaStore:
             raise StoreError(f"there is no Delta table of {dataset} in {self._folder(dataset)}; call ensure first")
         return table
 
-    def _schema(self, dataset: str) -> Schema:
-        return _stored(self._table(dataset), dataset)
+    def _now(self, dataset: str) -> Parts:
+        table = self._table(dataset)
+        return self._parts(dataset, table, _stored(table, dataset))
+
+    def _parts(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, *, listed: bool = True) -> Parts:
+        return Parts(
+            dataset, self._folder(dataset), schema, _physical(schema), _listed(table, schema) if listed else ()
+        )
 
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
@@ -346,9 +274,9 @@ class DeltaStore:
             },
             raise_if_key_not_exists=False,
         )
-        _sync(_entry(folder, 0))
+        sync(_entry(folder, 0))
         for level in (folder / "_delta_log", folder, folder.parent, folder.parent.parent):
-            _sync(level)
+            sync(level)
 
     def _evolve(self, dataset: str, table: deltalake.DeltaTable, schema: Schema) -> None:
         stored = _stored(table, dataset)
@@ -362,106 +290,10 @@ class DeltaStore:
             table.alter.add_columns(new)
         table.alter.set_table_properties({_SCHEMA: evolution.to_text(schema)}, raise_if_not_exists=False)
 
-    def _upsert(
-        self, dataset: str, table: deltalake.DeltaTable, schema: Schema, frame: pl.DataFrame, absent: Sequence[str]
-    ) -> tuple[_Change, Written]:
-        """Return what puts the batch in: nothing for equal rows, new files, or files with changed rows rewritten."""
-        files = _files(table, schema)
-        split = classify.split(frame, self._with_keys(dataset, files, schema, frame), schema, absent=absent, tag=_FILE)
-        written = Written(split.new.height, split.changed.height, split.equal)
-        return self._rewritten(dataset, files, schema, split, set(split.tags), split.changed), written
-
-    def _with_keys(self, dataset: str, files: Sequence[_File], schema: Schema, frame: pl.DataFrame) -> pl.DataFrame:
-        """Return the rows that have a key of the frame, with `_FILE`; only files and row groups that can are read."""
-        import polars as pl
-
-        if frame.is_empty():
-            return self._read(dataset, [], schema, tag=True).collect()
-        conditions: list[pl.Expr] = []
-        if schema.time is not None and schema.time in schema.key:
-            periods = {period for period, _ in cut(frame.select(schema.time), schema)}
-            low, high = frame[schema.time].min(), frame[schema.time].max()
-            files = [f for f in files if f.period in periods and _overlaps(low, high, f.since, f.last)]
-            conditions += [pl.col(schema.time) >= low, pl.col(schema.time) <= high]
-        if schema.subject is not None and schema.subject in schema.key:
-            names = frame[schema.subject].unique().sort()
-            low, high = names[0], names[-1]
-            files = [f for f in files if _overlaps(low, high, f.first_subject, f.last_subject)]
-            conditions += [pl.col(schema.subject) >= low, pl.col(schema.subject) <= high]
-            conditions.append(pl.col(schema.subject).is_in(names.implode()))
-        found = self._read(dataset, files, schema, tag=True)
-        if conditions:
-            found = found.filter(*conditions)
-        return found.join(frame.lazy().select(schema.key), on=list(schema.key), how="semi").collect()
-
-    def _rewritten(
-        self,
-        dataset: str,
-        files: Sequence[_File],
-        schema: Schema,
-        split: classify.Split,
-        touched: set[str],
-        gone: pl.DataFrame,
-    ) -> _Change:
-        """Return the change that takes the rows with a key in `gone` out of the `touched` files and puts `split` in."""
-        import polars as pl
-
-        put = dict(cut(pl.concat([split.new, split.changed]), schema))
-        folder = self._folder(dataset)
-        removed = [file for file in files if str(folder / unquote(file.path)) in touched]
-        keys = gone.lazy().select(schema.key)
-
-        def rows() -> Iterator[tuple[str | None, pl.DataFrame]]:
-            kept = _by_period(removed)
-            for period in dict.fromkeys((*put, *kept)):
-                parts = [put[period]] if period in put else []
-                if period in kept:
-                    read = self._read(dataset, kept[period], schema)
-                    parts.append(read.join(keys, on=list(schema.key), how="anti").collect())
-                together = pl.concat(parts)
-                yield period, _sorted(together, schema) if period in kept else together
-
-        return _Change(rows(), removed)
-
-    def _within(self, dataset: str, files: Sequence[_File], schema: Schema, filter: Filter) -> list[_File]:
-        """Return the files that can hold a row of the filter, by period and statistics."""
-        since, until = filters.bounds(dataset, filter, schema)
-        first, last = filters.periods(dataset, filter, schema)
-        subjects = filters.subjects(dataset, filter, schema)
-        if subjects == []:
-            return []
-        low, high = (None, None) if subjects is None else (subjects[0], subjects[-1])
-        return [
-            file
-            for file in files
-            if (first is None or file.period is None or file.period >= first)
-            and (last is None or file.period is None or file.period <= last)
-            and _overlaps(since, until, file.since, file.last)
-            and _overlaps(low, high, file.first_subject, file.last_subject)
-        ]
-
-    def _read(self, dataset: str, files: Sequence[_File], schema: Schema, *, tag: bool = False) -> pl.LazyFrame:
-        """Return the rows of the files as the files keep them; `tag` adds the column `_FILE` with each row's file."""
-        import polars as pl
-
-        types = _physical(schema)
-        if not files:
-            return pl.LazyFrame(schema={**types, _FILE: pl.String()} if tag else types)
-        folder = self._folder(dataset)
-        return pl.scan_parquet(
-            [folder / unquote(file.path) for file in files],
-            schema=types,
-            missing_columns="insert",
-            extra_columns="ignore",
-            hive_partitioning=False,
-            glob=False,
-            include_file_paths=_FILE if tag else None,
-        )
-
     def _commit(
         self,
         dataset: str,
-        decide: Callable[[deltalake.DeltaTable, Schema], tuple[_Change | None, Written]],
+        decide: Callable[[deltalake.DeltaTable, Schema], tuple[Change | None, Written]],
         *,
         lane: str | None = None,
         seq: int = 0,
@@ -496,7 +328,7 @@ class DeltaStore:
             f"this one can follow ({_ATTEMPTS} attempts); let that program end and run again"
         )
 
-    def _put(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, change: _Change, properties: Any) -> None:
+    def _put(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, change: Change, properties: Any) -> None:
         """Write the change's files, commit them with the removals, and see everything on the disk.
 
         `table` stays at the version before; `_open` brings it on.
@@ -506,18 +338,13 @@ class DeltaStore:
 
         folder = self._folder(dataset)
         now = time.time_ns() // 1_000_000
-        adds = [
-            _written(folder, period, part, schema, now, moves_rows=change.moves_rows)
-            for period, rows in change.add
-            for part in rows.iter_slices(FILE_ROWS)
-            if part.height
-        ]
+        adds = [_written(folder, period, rows, schema, now, change.moves_rows) for period, rows in change.pieces()]
         paths = [folder / add.path for add in adds]
         for level in (*paths, *{path.parent for path in paths}, *([folder] if paths else [])):
-            _sync(level)
+            sync(level)
         removes = [
-            RemoveAction(file.path, change.moves_rows, now, file.size, _partition(file.period))
-            for file in change.remove
+            RemoveAction(part.path, change.moves_rows, now, part.size, _partition(part.period))
+            for part in change.remove
         ]
         try:
             table.create_write_transaction(
@@ -531,38 +358,21 @@ class DeltaStore:
             for path in paths:
                 path.unlink(missing_ok=True)
             raise
-        _sync(_entry(folder, table.version() + 1))
-        _sync(folder / "_delta_log")
+        sync(_entry(folder, table.version() + 1))
+        sync(folder / "_delta_log")
 
     def _tidy(self, dataset: str, schema: Schema, version: int, rows: int) -> None:
-        """Merge small files of a period where enough of one class have gathered (see `_CLASS_FILES`)."""
+        from deltalake import CommitProperties
         from deltalake.exceptions import CommitFailedError
 
-        if version % _LOOK_EVERY_COMMITS:
+        if version % LOOK_EVERY_COMMITS:
             return
         table = self._table(dataset, writing=True)
-        budget = max(_COMPACT_ROWS, _COMPACT_TIMES * rows)
-        groups: list[list[_File]] = []
-        for files in _by_period(_files(table, schema)).values():
-            for low, high in pairwise((0, *_CLASS_ROWS)):
-                small = [file for file in files if file.rows is not None and low <= file.rows < high]
-                cost = sum((file.rows or 0) + _OPENING_ROWS for file in small)
-                if len(small) >= _CLASS_FILES and cost <= budget:
-                    budget -= cost
-                    groups.append(small)
-        # when another program was faster, the next look finds the files again
-        with suppress(CommitFailedError):
-            self._merge(dataset, table, schema, groups)
-
-    def _merge(self, dataset: str, table: deltalake.DeltaTable, schema: Schema, groups: list[list[_File]]) -> None:
-        """Make of each group (files of one period) one file, or a few full ones, all in one commit."""
-        from deltalake import CommitProperties
-
-        if not groups:
-            return
-        merged = ((files[0].period, _sorted(self._read(dataset, files, schema).collect(), schema)) for files in groups)
-        change = _Change(merged, [file for files in groups for file in files], moves_rows=False)
-        self._put(dataset, table, schema, change, CommitProperties(None, 0))
+        change = self._parts(dataset, table, schema).merge_gathered(rows)
+        # when another program was faster, the next look finds the parts again
+        if change is not None:
+            with suppress(CommitFailedError):
+                self._put(dataset, table, schema, change, CommitProperties(None, 0))
 
 
 def open_url(url: str, name: str) -> DeltaStore:
@@ -630,13 +440,8 @@ def _physical(schema: Schema) -> dict[str, pl.DataType]:
     return types
 
 
-def _sorted(rows: pl.DataFrame, schema: Schema) -> pl.DataFrame:
-    """Return the rows by subject, time and key: neighbours compress well, and statistics then skip most row groups."""
-    order = [name for name in (schema.subject, schema.time, *schema.key) if name is not None]
-    return rows.sort(list(dict.fromkeys(order)))
-
-
-def _files(table: deltalake.DeltaTable, schema: Schema) -> list[_File]:
+def _listed(table: deltalake.DeltaTable, schema: Schema) -> list[Part]:
+    """Return the table's files, with the statistics that the log has of them."""
     import polars as pl
 
     actions = pl.DataFrame(table.get_add_actions(flatten=True))
@@ -654,73 +459,38 @@ def _files(table: deltalake.DeltaTable, schema: Schema) -> list[_File]:
         values(f"min.{schema.subject}"),
         values(f"max.{schema.subject}"),
     ]
-    return [_File(*row) for row in zip(*columns, strict=True)]
+    return [Part(*row) for row in zip(*columns, strict=True)]
 
 
 def _partition(period: str | None) -> dict[str, str | None]:
     return {} if period is None else {PERIOD_COLUMN: period}
 
 
-def _by_period(files: Iterable[_File]) -> dict[str | None, list[_File]]:
-    grouped: dict[str | None, list[_File]] = {}
-    for file in files:
-        grouped.setdefault(file.period, []).append(file)
-    return grouped
-
-
-def _overlaps(low: Any, high: Any, first: Any, last: Any) -> bool:
-    """Tell whether [low, high] can meet [first, last]; None is an end that is not known."""
-    if isinstance(last, datetime):
-        last += timedelta(milliseconds=1)  # the format lets a writer cut statistics to milliseconds
-    return (low is None or last is None or low <= last) and (high is None or first is None or first <= high)
-
-
 def _written(
-    folder: Path, period: str | None, rows: pl.DataFrame, schema: Schema, now: int, *, moves_rows: bool
-) -> Any:
+    folder: Path, period: str | None, rows: pl.DataFrame, schema: Schema, now: int, moves_rows: bool
+) -> AddAction:
     """Write one data file and return the log's entry for it, with the statistics that scans and upserts prune by."""
-    import io
-
     from deltalake.transaction import AddAction
 
     path = f"part-{uuid.uuid4().hex}.parquet"
     if period is not None:
         path = f"{PERIOD_COLUMN}={period}/{path}"
         (folder / path).parent.mkdir(exist_ok=True)
-    # through memory: cheaper than a file opened by polars when a batch falls into many small files
-    buffer = io.BytesIO()
-    rows.write_parquet(buffer, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS)
-    content = buffer.getbuffer()
+    content = encode(rows)
     (folder / path).write_bytes(content)
-    pruned = [name for name in (schema.subject, schema.time) if name is not None]
+    part = describe(path, len(content), rows, period, schema)
+    ends = {schema.time: (part.since, part.last), schema.subject: (part.first_subject, part.last_subject)}
+    known = {name: pair for name, pair in ends.items() if name is not None and pair[0] is not None}
     statistics = {
         "numRecords": rows.height,
-        "minValues": {name: _statistic(rows[name].min()) for name in pruned},
-        "maxValues": {name: _statistic(rows[name].max()) for name in pruned},
-        "nullCount": {name: rows[name].null_count() for name in pruned},
+        "minValues": {name: _statistic(first) for name, (first, _) in known.items()},
+        "maxValues": {name: _statistic(last) for name, (_, last) in known.items()},
+        "nullCount": {name: rows[name].null_count() for name in ends if name is not None},
     }
-    for side in ("minValues", "maxValues"):
-        statistics[side] = {name: value for name, value in statistics[side].items() if value is not None}
-    return AddAction(
-        path,
-        len(content),
-        _partition(period),
-        now,
-        moves_rows,
-        json.dumps(statistics, ensure_ascii=False),
-    )
+    return AddAction(path, part.size, _partition(period), now, moves_rows, json.dumps(statistics, ensure_ascii=False))
 
 
-def _statistic(value: Any) -> str | None:
+def _statistic(value: Any) -> str:
     if isinstance(value, datetime):
         return value.isoformat(timespec="microseconds").replace("+00:00", "Z")
     return value.isoformat() if isinstance(value, date) else value
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's content, or the folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

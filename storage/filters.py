@@ -18,6 +18,9 @@ from storage.protocol import Filter
 if TYPE_CHECKING:
     import polars as pl
 
+_FIRST_NANO = datetime(1677, 9, 22, tzinfo=UTC)
+_LAST_NANO = datetime(2262, 4, 11, tzinfo=UTC)
+
 
 def bounds(dataset: str, filter: Filter, schema: Schema) -> tuple[date | datetime | None, date | datetime | None]:
     """Return (since, until) as the time column has them: dates for a date column, else aware datetimes in UTC.
@@ -28,7 +31,7 @@ def bounds(dataset: str, filter: Filter, schema: Schema) -> tuple[date | datetim
         return None, None
     if schema.time is None:
         raise SchemaError(f"{dataset} has no time column, so its rows cannot be filtered by since or until")
-    fit = _day if schema[schema.time].type is ColumnType.DATE else _instant
+    fit = {ColumnType.DATE: _day, ColumnType.DATETIME_NS: _nano}.get(schema[schema.time].type, _instant)
     return (
         None if filter.since is None else fit(filter.since),
         None if filter.until is None else fit(filter.until),
@@ -89,6 +92,11 @@ def _day(bound: date | datetime) -> date:
         return bound
     moment = _instant(bound)
     return moment.date() if moment.time() == time.min else moment.date() + timedelta(days=1)
+
+
+def _nano(bound: date | datetime) -> datetime:
+    # no row can be outside of what 64 bits of nanoseconds reach, and a bound that is would overflow in a comparison
+    return min(max(_instant(bound), _FIRST_NANO), _LAST_NANO)
 
 
 def _instant(bound: date | datetime) -> datetime:

@@ -459,6 +459,25 @@ def test_bounds_are_half_open_and_a_date_is_its_midnight(store: Store, dataset: 
         store.count(dataset, Filter(since=START.replace(tzinfo=None)))
 
 
+def test_nanoseconds_of_a_time_column_neither_hide_nor_double_a_row(store: Store, dataset: str):
+    schema = Schema(
+        (Column("at", ColumnType.DATETIME_NS), Column("price", ColumnType.F64)), ("at",), "at", None, Period.MONTH
+    )
+    store.ensure(dataset, schema)
+    step = 1 if store.capabilities.nanoseconds else 1000
+    stamps = pl.Series("at", [n * step for n in (-1, 0, 1, 2, 1001, 10**12)]).cast(pl.Datetime("ns", "UTC"))
+    frame = stamped(pl.DataFrame({"at": stamps, "price": [float(n) for n in range(6)]}))
+    assert store.write(batch(dataset, frame, 1, schema=schema)) == Written(inserted=6)
+    assert store.write(batch(dataset, frame.slice(1, 4), 2, schema=schema)) == Written(unchanged=4)
+    changed = frame.slice(4, 1).with_columns(price=pl.lit(9.0))
+    assert store.write(batch(dataset, changed, 3, schema=schema)) == Written(updated=1)
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    assert store.count(dataset, Filter(since=epoch)) == 5
+    assert store.count(dataset, Filter(until=epoch)) == 1
+    assert store.count(dataset, Filter(since=date(1, 1, 1), until=date(9999, 1, 1))) == 6
+    assert rows_of(store, dataset, key="at")["price"].to_list() == [0.0, 1.0, 2.0, 3.0, 9.0, 5.0]
+
+
 def test_bounds_within_a_day_exclude_that_day_from_a_table_of_days(store: Store, dataset: str):
     days = [date(1969, 12, 30) + timedelta(days=n) for n in range(5)]
     frame = stamped(pl.DataFrame({"day": days, "open": [True, False, None, True, False]}))

@@ -16,6 +16,7 @@ from polars.testing import assert_frame_equal
 from stored_frames import BARS, START, WIDE, bars, batch, hostile
 
 import storage.delta
+import storage.parts
 from marketsync.errors import StoreError
 from marketsync.schema import Column, ColumnType, Schema
 from storage.protocol import Filter, Mode, Written
@@ -204,7 +205,7 @@ def test_small_files_are_merged_as_they_gather(store, tmp_path: Path):
         store.write(batch(BARS_NAME, bars(("A",), first=48 + seq % hours, rows=1, segment=f"s{seq}"), seq))
     counts = list(files(tmp_path).values())
     assert sum(counts) == 199
-    assert len(counts) <= 2 * storage.delta._CLASS_FILES
+    assert len(counts) <= 2 * storage.parts.CLASS_PARTS
     assert store.committed(BARS_NAME, "lane") == 199
     assert store.scan(BARS_NAME, Filter(system=True)).collect()["_segment"].n_unique() == 199
 
