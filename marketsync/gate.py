@@ -223,8 +223,8 @@ def _may_repeat(frame: pl.DataFrame, schema: Schema) -> bool:
 def _raw_text(row: dict[str, Any], raw_of: Mapping[str, str], fields: Mapping[str, Field_]) -> str:
     plain = {}
     for name, value in row.items():
-        if isinstance(value, float) and value.is_integer() and name in fields and fields[name].type not in _REAL:
-            value = int(value)
+        if isinstance(value, float) and name in fields and fields[name].type not in _REAL:
+            value = int(value) if value.is_integer() and abs(value) < _EXACT else value
         plain[raw_of.get(name, name)] = value
     return json.dumps(plain, ensure_ascii=False, default=str)
 
@@ -260,7 +260,10 @@ def _missing(raw: pl.Series, spec: Field_) -> pl.Series:
     elif spec.nulls and raw.dtype.is_numeric():
         numbers = [number for text in spec.nulls if (number := _number(text)) is not None]
         if numbers:
-            missing = missing | raw.cast(pl.Float64, strict=False).is_in(numbers).fill_null(False)
+            reals = raw.cast(pl.Float64, strict=False)
+            missing = missing | reals.is_in([number for number in numbers if number == number]).fill_null(False)
+            if any(number != number for number in numbers):
+                missing = missing | reals.is_nan().fill_null(False)
     return missing
 
 

@@ -324,7 +324,7 @@ class Decoder:
             frame = self._strict_records(part)
         if frame is not None:
             return Batch(frame, frame.height, absent=self._absent(frame, part))
-        return self._slow_rows(_decode_rows(part), None, part)
+        return self._slow_rows(_decode(part), None, part)
 
     def _fast_records(self, part: bytes) -> pl.DataFrame | None:
         """Parse outside Python with wide types; None where a value may not have survived it exactly.
@@ -418,9 +418,7 @@ class Decoder:
         rows = list(rows)
         setter = _Aside(rows, keys, self._key.raw if self._key else None)
         for index, row in enumerate(rows):
-            if isinstance(row, _Broken):
-                setter.add(index, None, row.reason)
-            elif not isinstance(row, dict):
+            if not isinstance(row, dict):
                 setter.add(index, None, f"is {_noun(row)} where an object is expected")
         series = []
         if self._key is not None:
@@ -516,20 +514,11 @@ class Decoder:
         rows: list[Any] = []
         keys: list[str] = []
         names = self._response.names
-        try:
-            lists = msgspec.json.decode(part, type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Malformed(f"the rows by key are not valid JSON: {error}") from error
-        for key, raw in lists.items():
-            slice_ = bytes(raw)
-            if slice_[:1] == b"[":
-                found = list(_decode_rows(slice_))
-            elif slice_[:1] == b"{":
-                found = [_decode_row(raw)]
-            else:
-                continue
-            rows.extend(found)
-            keys.extend([key] * len(found))
+        for key, value in _decode(part).items():
+            if isinstance(value, list | dict):
+                found = value if isinstance(value, list) else [value]
+                rows.extend(found)
+                keys.extend([key] * len(found))
         if names is None:
             return self._slow_rows(rows, keys, part)
         return self._slow_arrays(rows, names, keys)
@@ -546,7 +535,7 @@ class Decoder:
         if frame is not None:
             absent = tuple(column.name for column in self._fields if column.raw not in names)
             return Batch(frame, frame.height, absent=absent)
-        return self._slow_arrays(list(_decode_rows(part)), names, None)
+        return self._slow_arrays(_decode(part), names, None)
 
     def _strict_arrays(self, part: bytes, names: tuple[str, ...]) -> pl.DataFrame | None:
         kinds = tuple(self._kinds[column.name] for column in self._fields)
@@ -583,9 +572,7 @@ class Decoder:
         least = 1 + max((i for i, name in enumerate(names) if any(c.raw == name for c in self._fields)), default=-1)
         usable: list[list[Any] | None] = []
         for index, row in enumerate(rows):
-            if isinstance(row, _Broken):
-                setter.add(index, None, row.reason)
-            elif not isinstance(row, list):
+            if not isinstance(row, list):
                 setter.add(index, None, f"is {_noun(row)} where a list is expected")
             elif len(row) < (len(names) if exact else least) or (exact and len(row) > len(names)):
                 setter.add(index, None, f"has {len(row)} values where {len(names)} are named")
@@ -769,10 +756,15 @@ def _bounded(packed: Any, already: int = 0) -> bytes:
 
 
 def _decode(body: bytes) -> Any:
+    """Decode strictly, else as Python's own json does: NaN, numbers beyond a float and unpaired surrogates then reach
+    the columns, where they set aside their rows."""
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Malformed(f"the answer is not valid JSON: {error}; it begins with {_shown(body)}") from error
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise Malformed(f"the answer is not valid JSON: {error}; it begins with {_shown(body)}") from error
 
 
 def _open_whole(body: bytes, opener: bytes) -> Opened:
@@ -780,9 +772,9 @@ def _open_whole(body: bytes, opener: bytes) -> Opened:
     if first == b"{" == opener:
         try:
             shallow = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Malformed(f"the answer is not valid JSON: {error}; it begins with {_shown(body)}") from error
-        document = {k: msgspec.json.decode(raw) for k, raw in shallow.items() if len(bytes(raw)) <= _SHALLOW_BYTES}
+            document = {k: msgspec.json.decode(raw) for k, raw in shallow.items() if len(bytes(raw)) <= _SHALLOW_BYTES}
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            document = _decode(body)
         return Opened(document, (body,), True, body)
     if first == opener:
         return Opened(None, (body,), True, body)
@@ -821,25 +813,37 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
 
 def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:
     """Return the document with null for the rows, the rows' bytes (None for null), and whether the path exists."""
+    try:
+        return _cut_raw(body, path)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        document = _decode(body)
+    parent = walk(document, ".".join(path[:-1]))
+    step: Any = path[-1]
+    if isinstance(parent, list) and step.isdigit() and int(step) < len(parent):
+        step = int(step)
+    elif not isinstance(parent, dict) or step not in parent:
+        return document, None, False
+    rows, parent[step] = parent[step], None
+    return document, None if rows is None else json.dumps(rows).encode(), True
+
+
+def _cut_raw(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:
     if not path:
         rows = body.strip()
         return None, None if rows == b"null" else rows, True
     first = body.lstrip()[:1]
-    try:
-        if first == b"{":
-            members: dict[Any, msgspec.Raw] = dict(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
-            step: Any = path[0]
-        elif first == b"[" and path[0].isdigit():
-            members = dict(enumerate(msgspec.json.decode(body, type=list[msgspec.Raw])))
-            step = int(path[0])
-        else:
-            return _decode(body), None, False
-        document: Any = {key: msgspec.json.decode(raw) for key, raw in members.items() if key != step}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Malformed(f"the answer is not valid JSON: {error}; it begins with {_shown(body)}") from error
+    if first == b"{":
+        members: dict[Any, msgspec.Raw] = dict(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+        step: Any = path[0]
+    elif first == b"[" and path[0].isdigit():
+        members = dict(enumerate(msgspec.json.decode(body, type=list[msgspec.Raw])))
+        step = int(path[0])
+    else:
+        return msgspec.json.decode(body), None, False
+    document: Any = {key: msgspec.json.decode(raw) for key, raw in members.items() if key != step}
     rows, found = None, False
     if step in members:
-        document[step], rows, found = _cut_exactly(bytes(members[step]), path[1:])
+        document[step], rows, found = _cut_raw(bytes(members[step]), path[1:])
     if first == b"[":
         document = [document.get(index) for index in range(len(members))]
     return document, rows, found
@@ -857,33 +861,6 @@ def _shown(body: bytes) -> str:
 
 
 # ---------------------------------------------------------------- row by row
-
-
-@dataclass(frozen=True)
-class _Broken:
-    """A row that is not valid JSON by itself."""
-
-    text: str
-    reason: str
-
-
-def _decode_row(raw: msgspec.Raw) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _Broken(bytes(raw).decode("utf-8", "replace"), f"is not valid JSON: {error}")
-
-
-def _decode_rows(part: bytes) -> Iterable[Any]:
-    try:
-        return msgspec.json.decode(part, type=list[Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        pass
-    try:
-        raws = msgspec.json.decode(part, type=list[msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Malformed(f"the rows are not valid JSON: {error}") from error
-    return [_decode_row(raw) for raw in raws]
 
 
 def _noun(value: Any) -> str:
@@ -933,22 +910,23 @@ class _Aside:
 
     def _text(self, index: int) -> str:
         row = self._rows[index]
-        if isinstance(row, _Broken):
-            return row.text
         if self._keys is not None and isinstance(row, dict):
             row = {self._key_name or "key": self._keys[index], **row}
-        return json.dumps(row, ensure_ascii=False)
+        return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def coerce(name: str, values: list[Any], spec: Field_) -> tuple[pl.Series, dict[int, str], set[type]]:
     """Return a column of decoded JSON values as a series, the positions that cannot be in it with the reason, and
     the Python types seen. Text and numbers side by side become text, which loses nothing."""
     types = set(map(type, values))
+    if str in types:
+        values, bad = _encodable(values)
+    else:
+        bad = {}
     plain = {str, int, float, type(None)} | ({bool} if spec.type in (ColumnType.BOOL, ColumnType.STR) else set())
-    bad: dict[int, str] = {}
     if not types <= plain:
         for index, value in enumerate(values):
-            if type(value) not in plain:
+            if type(value) not in plain and index not in bad:
                 shown = "true" if value is True else "false" if value is False else _noun(value)
                 bad[index] = f"{shown} where {_wanted(spec)} is expected"
         values = [None if index in bad else value for index, value in enumerate(values)]
@@ -965,6 +943,23 @@ def coerce(name: str, values: list[Any], spec: Field_) -> tuple[pl.Series, dict[
     ):
         return pl.Series(name, values, dtype=pl.Float64(), strict=False), bad, types
     return pl.Series(name, [_as_text(value) for value in values], dtype=pl.String()), bad, types
+
+
+def _encodable(values: list[Any]) -> tuple[list[Any], dict[int, str]]:
+    """Return the values without texts that are no Unicode, and where those were."""
+    try:
+        "".join(value for value in values if type(value) is str).encode()
+        return values, {}
+    except UnicodeEncodeError:
+        pass
+    bad = {}
+    for index, value in enumerate(values):
+        if type(value) is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                bad[index] = "the text holds an unpaired surrogate, which is no character"
+    return [None if index in bad else value for index, value in enumerate(values)], bad
 
 
 def _wanted(spec: Field_) -> str:
