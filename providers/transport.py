@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -457,6 +458,13 @@ def _explain(error: Exception, asked: _Asked) -> tuple[Trouble, str]:
         return Trouble.TRUNCATED, f"The answer to {label} ended before all of its bytes had come; it is asked again."
     if timed_out:
         return Trouble.CONNECTION, f"No connection for {label} could be made within {seconds}; it is tried again."
+    distrusted = next((cause for cause in chain if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    if distrusted is not None:
+        asked.never_sent = True
+        return Trouble.CONNECTION, (
+            f"The certificate of the server for {label} is not trusted ({distrusted.verify_message}), so nothing was "
+            "sent. Behind a proxy that signs for others, name its certificate in REQUESTS_CA_BUNDLE."
+        )
     last = chain[-1]
     why = (last.strerror if isinstance(last, OSError) and last.strerror else None) or f"{last}" or type(last).__name__
     return Trouble.CONNECTION, f"The connection for {label} failed: {_without_url(redact(why), asked)}."

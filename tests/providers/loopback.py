@@ -35,6 +35,7 @@ class Loopback:
     def __init__(self) -> None:
         self.routes: dict[str, Callable[[socket.socket, Received], bool | None]] = {}
         self.received: list[Received] = []
+        self.trickled = 0
         self._closing = threading.Event()
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
