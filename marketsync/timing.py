@@ -140,8 +140,7 @@ class Timing:
         days = self.calendar.days
         today = self._today(now)
         self.calendar.require(today)
-        # From tomorrow backwards: a publication may come before midnight of its session's date, and long after.
-        for at in range(bisect_right(days, today.toordinal() + 1) - 1, -1, -1):
+        for at in range(bisect_right(days, today.toordinal()) - 1, -1, -1):
             session = date.fromordinal(days[at])
             moment = due(session)
             if moment is not None and moment <= now:

@@ -201,7 +201,13 @@ def judge(
     asked = None if coverage is None else _by_column(coverage)
     existed = {name for name, first in (firsts or {}).items() if ranges and first < ranges[0][0]}
     if spans is not None and ranges:
-        existed |= _lately(dataset, store, schema, [name for name in tally.gaps if name not in existed], ranges[0][0])
+        _lately(
+            dataset,
+            store,
+            schema,
+            [name for name, gaps in tally.gaps.items() if gaps and name not in existed],
+            ranges[0][0],
+        )
     verdicts = {
         name: list(
             _verdicts(
@@ -342,14 +348,6 @@ class _Tally:
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     month_rows: Counter[int] = field(default_factory=Counter)
 
-    def gap(self, name: str, first: int, last: int, begins: frozenset[int]) -> None:
-        """Add sessions without rows, in order; a gap goes on over the bound of a chunk, not over that of a range."""
-        gaps = self.gaps[name]
-        if gaps and gaps[-1][1] + 1 == first and first not in begins:
-            gaps[-1] = (gaps[-1][0], last)
-        else:
-            gaps.append((first, last))
-
 
 def _read_ranges(
     dataset: str,
@@ -366,7 +364,7 @@ def _read_ranges(
             assert days is not None
             begin, end = days.on_or_after(first), days.on_or_after(stop)
             for name in tally.names if begin < end else ():
-                tally.gap(name, begin, end - 1, days.begins)
+                tally.gaps[name].append((begin, end - 1))
         return
     whole = [(date.min, date.max)]
     chunks = whole if schema.time is None else _chunks(ranges, monthly=spec.frequency == "minute")
@@ -451,7 +449,7 @@ def _rules(schema: Schema) -> dict[str, pl.Expr]:
     for name in ("volume", "vol"):
         if name in schema:
             rules[f"{name} below zero"] = pl.col(name) < 0
-    return {name: rule.fill_null(value=False) for name, rule in rules.items()}
+    return rules
 
 
 def _told(row: Mapping[str, object], columns: Sequence[str]) -> str:
@@ -573,11 +571,10 @@ def _take(pairs: pl.DataFrame, tally: _Tally, days: _Days, first: date, stop: da
         tally.last[subject] = newest
         tally.rows[subject] += n
     for name in tally.names:
-        for gap_first, gap_last in inner.get(name, ()):
-            tally.gap(name, gap_first, gap_last, days.begins)
+        tally.gaps[name] += inner.get(name, ())
         after = reached.get(name, begin - 1) + 1
         if after < end:
-            tally.gap(name, after, end - 1, days.begins)
+            tally.gaps[name].append((after, end - 1))
     for at, n in there.group_by("at").agg(pl.col("n").sum()).iter_rows():
         tally.month_rows[days.month_of[at]] += n
 
@@ -617,9 +614,7 @@ def _verdicts(
     existed: bool,
 ) -> Iterator[_Verdict]:
     """Yield what each absence of one subject means: its gaps, cut where the answer changes."""
-    gaps = tally.gaps.get(name)
-    if not gaps:
-        return
+    gaps = tally.gaps.get(name, [])
     first = tally.first.get(name)
     born = None if first is None else days.on_or_after(first)  # expected from here on
     listed = max((days.on_or_after(hole.last + _DAY) for hole in known if hole.first is None and hole.last), default=0)

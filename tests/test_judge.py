@@ -252,6 +252,16 @@ def test_spans_judge_their_days_only_and_what_existed_before_is_expected(shelf, 
     assert by_coverage.missing == 3
 
 
+def test_a_gap_at_the_beginning_of_a_span_is_a_hole_when_there_were_rows_before(shelf, new_york):
+    spec = dataset()
+    gone = (date(2025, 3, 25), date(2025, 3, 26))
+    shelf.put(spec, bars(new_york, "AAPL", MARCH, NOW.date(), gone))
+    span = [Interval(midnight(date(2025, 3, 25)), midnight(NOW.date()))]
+    found = shelf.judge(spec, ["AAPL"], MARCH, spans=span)
+    assert told(found) == [("missing", *gone, 2, ("AAPL",))]
+    assert found.before_first == 0
+
+
 def test_a_listing_within_a_span_is_no_hole_although_its_windows_were_answered(shelf, new_york):
     spec = dataset()
     listed = date(2025, 3, 26)
