@@ -93,19 +93,22 @@ def test_three_processes_and_a_killed_one_never_exceed_a_window_in_the_servers_l
         command = [sys.executable, "-c", PROCESS, str(tmp_path), url, "4", name]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def wait_for(requests: int) -> None:
+    def by_process(name: str) -> int:
+        return sum(path == f"/{name}" for _, path in list(server.received))
+
+    def wait_for(requests: int, *names: str) -> None:
         began = time.monotonic()
-        while len(server.received) < requests:
+        while len(server.received) < requests or min(by_process(name) for name in names) < 5:
             assert time.monotonic() - began < 120, f"{len(server.received)} requests only"
             time.sleep(0.02)
 
     processes = {name: start(name) for name in ("a", "b", "c")}
     try:
-        wait_for(50)
+        wait_for(50, "a", "b", "c")
         processes["b"].send_signal(signal.SIGKILL)  # with requests under way and answers that nobody records
         processes["b"].wait()
         processes["d"] = start("d")
-        wait_for(130)
+        wait_for(130, "d")
     finally:
         errors = {}
         for name, process in processes.items():
@@ -121,9 +124,7 @@ def test_three_processes_and_a_killed_one_never_exceed_a_window_in_the_servers_l
     for stamps in (received, server.sent):
         assert most_in(stamps, WINDOW_SECONDS) <= LIMIT
         assert most_in(stamps, 8.0) <= 65
-    # and the limit was really used: by everybody, and nearly as fast as it allows
-    by_process = {name: sum(path == f"/{name}" for _, path in server.received) for name in "abcd"}
-    assert min(by_process.values()) >= 5, by_process
+    # and the limit was really used (by everybody, or this test had not come so far)
     assert most_in(received, WINDOW_SECONDS) >= 0.75 * LIMIT
 
 
