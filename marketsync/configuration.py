@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -339,11 +339,13 @@ def _modelled(
             from marketsync.explaining import located
 
             known = {(problem.field, problem.message) for problem in problems}
-            fresh = located(error, document, model)
+            fresh = located(error, replace(document, value=value), model)
             problems += [one.problem for one in fresh if (one.problem.field, one.problem.message) not in known]
             for one in fresh:
                 if broken is not None:
                     broken.add(one.path)
+                if one.meant_name is not None:
+                    document.renamed[(*one.path[:-1], one.meant_name)] = str(one.path[-1])
                 value = _mended(value, one)
     return None, problems
 

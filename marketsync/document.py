@@ -8,7 +8,7 @@ mean is not known here; comments are kept by `editing.py`, which has its own rea
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,21 @@ for _tag, _pattern, _first in (
 
 @dataclass(frozen=True)
 class Document:
-    """A file's values, and where each stands."""
+    """A file's values, and where each stands.
+
+    `renamed` tells fields that are looked at under another name than the file gives them: path to the file's name.
+    """
 
     name: str
     value: Any
     root: Node | None
+    renamed: dict[FieldPath, str] = field(default_factory=dict)
 
     def line(self, path: FieldPath) -> int | None:
         """Return the line (from 1) of the field, or of the nearest enclosing field that is there."""
         node, line = self.root, None
-        for step in path:
-            found = _child(node, step)
+        for depth, step in enumerate(path, start=1):
+            found = _child(node, self.renamed.get(path[:depth], step))
             if found is None:
                 break
             line, node = found

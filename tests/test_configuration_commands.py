@@ -55,7 +55,7 @@ def test_init_names_the_provider_that_was_probably_meant(tmp_path):
 
 def test_check_ends_with_2_and_tells_each_problem_on_a_line_of_its_own(tmp_path):
     (tmp_path / "good.yml").write_text("upstreams: {alpaca: {tier: basic}}\n")
-    (tmp_path / "bad.yml").write_text("upstreams: {alpaca: {teir: basic}}\nplan: 1\n")
+    (tmp_path / "bad.yml").write_text("upstreams: {alpaca: {teir: basic}}\nplan: {}\n")
     good = marketsync("check", "good.yml", cwd=tmp_path)
     assert (good.returncode, good.stdout.splitlines()[-1]) == (
         0,
