@@ -201,7 +201,7 @@ def judge(
     asked = None if coverage is None else _by_column(coverage)
     existed = {name for name, first in (firsts or {}).items() if ranges and first < ranges[0][0]}
     if spans is not None and ranges:
-        _lately(
+        existed |= _lately(
             dataset,
             store,
             schema,
