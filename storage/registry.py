@@ -11,6 +11,7 @@ from storage.protocol import Store
 # scheme: (module with `open_url(url, name)`, the package it needs, the extra that installs it)
 ENGINES = {
     "delta": ("storage.delta", "deltalake", ""),
+    "parquet": ("storage.parquet", "polars", ""),
 }
 
 

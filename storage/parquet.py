@@ -1,0 +1,357 @@
+"""Plain Parquet files in a folder: `parquet://./folder`, in `<folder>/<provider>/<dataset>/period=2001/*.parquet`.
+
+Any tool reads the folder of a dataset as a hive-partitioned table; nothing but Parquet is in it. What we know of a
+table (marker, schema, lanes, the list of its parts) is beside it, in `<folder>/_marketsync/<provider>.<dataset>/`.
+
+`state.json` there is the table for us: it is replaced in one step after the new parts are durable, so our readers see
+all of a batch or nothing, and rows and `seq` become durable together. `pending.json` names what a write puts into and
+takes out of the folder; after a crash the next opening finishes that, so that other tools see no row twice for long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from marketsync.errors import StoreBusy, StoreError
+from marketsync.schema import ColumnType, Schema
+from storage import evolution, gate, lazyframes, location, locks
+from storage.files import sync, write_whole
+from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
+from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+CAPABILITIES = Capabilities(
+    atomic=False,
+    transactions=False,
+    nanoseconds=True,
+    nan=True,
+    unsigned_64=True,
+    evolve=True,
+    writers=Writers.MANY_PROCESSES,
+    why="atomic: our own scans see all of a batch or nothing, but another tool that lists the folder while a write is "
+    "applied can see old and new files together, and files that an upsert replaced are gone for a scan that was made "
+    "before and is collected after; use delta:// when others read while we write. "
+    "transactions: a batch is one step, several batches are not; use delta:// for that.",
+)
+
+_OURS = "_marketsync"
+_STATE = "state.json"
+_PENDING = "pending.json"
+_TEMPORARY = "new"
+
+
+@dataclass(frozen=True)
+class _State:
+    """One table as `state.json` has it."""
+
+    version: int
+    marker: str
+    schema: Schema
+    lanes: dict[str, int]
+    parts: tuple[Part, ...]
+
+
+class ParquetStore:
+    """A folder of Parquet tables. Safe for several threads and several processes; writers take turns per table."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url: str, name: str):
+        self.url = url
+        self.name = name
+        self._root = location.folder(url)
+        self._held: dict[str, tuple[_State, tuple[int, ...]]] = {}
+
+    # the table: creation, identity, shape
+
+    def ensure(self, dataset: str, schema: Schema) -> str:
+        evolution.check(dataset, schema)
+        state = self._open(dataset)
+        if state is None or state.schema != schema:
+            self._ours(dataset).mkdir(parents=True, exist_ok=True)
+            with self._locked(dataset):
+                state = self._open(dataset, locked=True)
+                if state is None:
+                    state = _State(0, uuid.uuid4().hex, schema, {}, ())
+                    shutil.rmtree(self._ours(dataset) / _TEMPORARY, ignore_errors=True)
+                    (self._ours(dataset) / _TEMPORARY).mkdir()
+                    folder = self._folder(dataset)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if (foreign := next(folder.rglob("*.parquet"), None)) is not None:
+                        raise StoreError(
+                            f"{foreign} is in the way of the Parquet table of {dataset}: no table of ours lists it; "
+                            f"move {folder} elsewhere"
+                        )
+                    for level in (self._ours(dataset).parent, folder, folder.parent, self._root, self._root.parent):
+                        sync(level)
+                elif state.schema != schema:
+                    evolution.added(dataset, state.schema, schema)
+                    state = replace(state, version=state.version + 1, schema=schema)
+                self._save(dataset, state)
+        return state.marker
+
+    def marker(self, dataset: str) -> str | None:
+        state = self._open(dataset)
+        return None if state is None else state.marker
+
+    def schema(self, dataset: str) -> Schema | None:
+        state = self._open(dataset)
+        return None if state is None else state.schema
+
+    # writing
+
+    def committed(self, dataset: str, lane: str) -> int:
+        state = self._open(dataset)
+        return 0 if state is None else state.lanes.get(lane, 0)
+
+    def write(self, batch: Batch) -> Written:
+        def decide(state: _State) -> tuple[Change | None, Written]:
+            if state.lanes.get(batch.lane, 0) >= batch.seq:
+                return None, Written(already=True)
+            frame = gate.admit(batch.dataset, batch.frame, batch.schema, self.capabilities)
+            frame, absent = evolution.fit(batch.dataset, frame, batch.schema, state.schema)
+            parts = self._parts(batch.dataset, state)
+            return parts.append(frame) if batch.mode is Mode.APPEND else parts.upsert(frame, absent)
+
+        return self._commit(batch.dataset, decide, lane=batch.lane, seq=batch.seq)
+
+    def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
+        def decide(state: _State) -> tuple[Change | None, Written]:
+            put = gate.admit(dataset, frame, schema, self.capabilities)
+            put, absent = evolution.fit(dataset, put, schema, state.schema)
+            return self._parts(dataset, state).replace(put, absent, span)
+
+        return self._commit(dataset, decide)
+
+    # reading
+
+    def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
+        return self._now(dataset).scan(filter)
+
+    def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
+        return lazyframes.arrow(self.scan(dataset, filter))
+
+    def watermarks(self, dataset: str) -> dict[str, datetime | date]:
+        parts = self._now(dataset)
+        return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
+
+    def count(self, dataset: str, filter: Filter = Filter()) -> int:
+        return self._now(dataset).count(filter)
+
+    # the rest
+
+    def delete(self, dataset: str, filter: Filter) -> int:
+        return self._commit(dataset, lambda state: self._parts(dataset, state).delete(filter)).deleted
+
+    def datasets(self) -> list[str]:
+        return sorted(state.parent.name for state in (self._root / _OURS).glob(f"*/{_STATE}"))
+
+    def info(self, dataset: str) -> TableInfo:
+        state = self._table(dataset)
+        return TableInfo(
+            dataset,
+            rows=sum(part.rows or 0 for part in state.parts),
+            bytes=sum(part.size for part in state.parts),
+            files=len(state.parts),
+            commits=state.version + 1,
+            location=str(self._folder(dataset)),
+        )
+
+    def query(self, sql: str) -> pl.DataFrame:
+        return lazyframes.query(sql, self.datasets(), self.scan)
+
+    def maintain(self, dataset: str) -> str:
+        with self._locked(dataset):
+            before = self._table(dataset, locked=True)
+            change = self._parts(dataset, before).merge_all()
+            after = before if change is None else self._apply(dataset, before, change, uuid.uuid4().hex)
+        return f"{dataset}: {len(before.parts)} files became {len(after.parts)}"
+
+    def close(self) -> None:
+        self._held.clear()
+
+    # how it is done
+
+    def _folder(self, dataset: str) -> Path:
+        return self._root.joinpath(*location.split(dataset))
+
+    def _ours(self, dataset: str) -> Path:
+        location.split(dataset)
+        return self._root / _OURS / dataset
+
+    def _locked(self, dataset: str):
+        return locks.exclusive(self._ours(dataset) / "lock", f"the Parquet table of {dataset}")
+
+    def _open(self, dataset: str, *, locked: bool = False) -> _State | None:
+        """Return the table as it is, or None when there is none; finishes what a writer that died left half done."""
+        ours = self._ours(dataset)
+        if locked:
+            state = self._load(dataset)
+            if state is not None:
+                self._finish(dataset, state)
+            return state
+        if (ours / _PENDING).exists():
+            try:
+                with locks.exclusive(ours / "lock", f"the Parquet table of {dataset}", wait_seconds=0):
+                    return self._open(dataset, locked=True)
+            except StoreBusy:
+                pass  # its writer lives and will finish; the state is whole at every instant
+        return self._load(dataset)
+
+    def _load(self, dataset: str) -> _State | None:
+        path = self._ours(dataset) / _STATE
+        try:
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            held = self._held.get(dataset)
+            if held is None or held[1] != stamp:
+                held = (_from_json(path.read_bytes()), stamp)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; restore it, or drop the table") from error
+        # who drops a table by hand removes its folder, and may not know of ours
+        folder, state = self._folder(dataset), held[0]
+        if not folder.is_dir():
+            return None
+        if dataset not in self._held and state.parts and not (folder / unquote(state.parts[-1].path)).exists():
+            raise StoreError(
+                f"{folder} is not the folder that {path} describes: {state.parts[-1].path} is missing; put the folder "
+                "back, or remove both and let the table be filled again"
+            )
+        self._held[dataset] = held
+        return state
+
+    def _table(self, dataset: str, *, locked: bool = False) -> _State:
+        state = self._open(dataset, locked=locked)
+        if state is None:
+            raise StoreError(f"there is no Parquet table of {dataset} in {self._folder(dataset)}; call ensure first")
+        return state
+
+    def _now(self, dataset: str) -> Parts:
+        return self._parts(dataset, self._table(dataset))
+
+    def _parts(self, dataset: str, state: _State) -> Parts:
+        return Parts(dataset, self._folder(dataset), state.schema, state.schema.polars(system=True), state.parts)
+
+    def _commit(
+        self,
+        dataset: str,
+        decide: Callable[[_State], tuple[Change | None, Written]],
+        *,
+        lane: str | None = None,
+        seq: int = 0,
+    ) -> Written:
+        """Take the table's lock, let `decide` say what to do, and do it."""
+        self._table(dataset)
+        with self._locked(dataset):
+            state = self._table(dataset, locked=True)
+            change, written = decide(state)
+            if change is None:
+                return written
+            stem = uuid.uuid4().hex
+            if lane is not None:
+                # a batch that is written again has the same names and overwrites what its first try may have left
+                stem = f"{hashlib.sha256(lane.encode()).hexdigest()[:12]}-{seq}"
+                state = replace(state, lanes={**state.lanes, lane: seq})
+            state = self._apply(dataset, state, change, stem)
+            if state.version % LOOK_EVERY_COMMITS == 0:
+                merge = self._parts(dataset, state).merge_gathered(written.inserted + written.updated)
+                if merge is not None:
+                    self._apply(dataset, state, merge, uuid.uuid4().hex)
+        return written
+
+    def _apply(self, dataset: str, state: _State, change: Change, stem: str) -> _State:
+        """Make the parts, put them into the folder, make the new state the table, take replaced parts out."""
+        folder, ours = self._folder(dataset), self._ours(dataset)
+        new: dict[Path, Part] = {}
+        for number, (period, rows) in enumerate(change.pieces()):
+            name = f"{stem}-{number}.parquet"
+            content = encode(rows)
+            temporary = ours / _TEMPORARY / name
+            temporary.write_bytes(content)
+            path = name if period is None else f"period={period}/{name}"
+            new[temporary] = describe(path, len(content), rows, period, state.schema)
+        for temporary in new:
+            sync(temporary)
+        after = replace(
+            state,
+            version=state.version + 1,
+            parts=(*(part for part in state.parts if part not in set(change.remove)), *new.values()),
+        )
+        if new or change.remove:
+            put, out = [part.path for part in new.values()], [part.path for part in change.remove]
+            write_whole(ours / _PENDING, json.dumps([*put, *out]).encode())
+            for temporary, part in new.items():
+                (folder / part.path).parent.mkdir(exist_ok=True)
+                os.replace(temporary, folder / part.path)
+            for level in {(folder / part.path).parent for part in new.values()} | {folder}:
+                sync(level)
+        self._save(dataset, after)
+        self._finish(dataset, after)
+        return after
+
+    def _save(self, dataset: str, state: _State) -> None:
+        write_whole(self._ours(dataset) / _STATE, _to_json(state))
+
+    def _finish(self, dataset: str, state: _State) -> None:
+        """Take out of the folder what the last write named and the table does not have: old parts, or half a write."""
+        ours, folder = self._ours(dataset), self._folder(dataset)
+        for leftover in (ours / _TEMPORARY).iterdir():
+            leftover.unlink()
+        pending = ours / _PENDING
+        if pending.exists():
+            kept = {part.path for part in state.parts}
+            for path in json.loads(pending.read_bytes()):
+                if path not in kept:
+                    (folder / unquote(path)).unlink(missing_ok=True)
+            pending.unlink()
+
+
+def open_url(url: str, name: str) -> ParquetStore:
+    """Return the store of the URL; the folder is made when the first table is."""
+    return ParquetStore(url, name)
+
+
+def _to_json(state: _State) -> bytes:
+    def plain(value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value
+
+    return json.dumps(
+        {
+            "version": state.version,
+            "marker": state.marker,
+            "schema": json.loads(evolution.to_text(state.schema)),
+            "lanes": state.lanes,
+            "parts": [[plain(value) for value in astuple(part)] for part in state.parts],
+        },
+        ensure_ascii=False,
+    ).encode()
+
+
+def _from_json(text: bytes) -> _State:
+    data = json.loads(text)
+    schema = evolution.from_text(json.dumps(data["schema"], ensure_ascii=False))
+    days = schema.time is not None and schema[schema.time].type is ColumnType.DATE
+    moment = date.fromisoformat if days else datetime.fromisoformat
+
+    def part(path, size, rows, period, since, last, first_subject, last_subject) -> Part:
+        since, last = (None if at is None else moment(at) for at in (since, last))
+        return Part(path, size, rows, period, since, last, first_subject, last_subject)
+
+    return _State(
+        data["version"], data["marker"], schema, data["lanes"], tuple(part(*fields) for fields in data["parts"])
+    )
