@@ -272,13 +272,8 @@ def describe(path: str, size: int, rows: pl.DataFrame, period: str | None, schem
 
 
 def _ends(rows: pl.DataFrame, name: str | None) -> tuple[Any, Any]:
-    """Return the least and the greatest value; a greatest nanosecond is rounded up to what Python can say."""
-    if name is None:
-        return None, None
-    low, high = rows[name].min(), rows[name].max()
-    if isinstance(high, datetime) and rows.schema[name].time_unit == "ns":  # pyright: ignore[reportAttributeAccessIssue]
-        high += timedelta(microseconds=1)
-    return low, high
+    """Return the least and the greatest value; Python cuts nanoseconds to microseconds, which `_meet` allows for."""
+    return (None, None) if name is None else (rows[name].min(), rows[name].max())
 
 
 def _by_period(parts: Iterable[Part]) -> dict[str | None, list[Part]]:
@@ -291,5 +286,5 @@ def _by_period(parts: Iterable[Part]) -> dict[str | None, list[Part]]:
 def _meet(low: Any, high: Any, first: Any, last: Any) -> bool:
     """Tell whether [low, high] can meet [first, last]; None is an end that is not known."""
     if isinstance(last, datetime) and last.year < MAXYEAR:
-        last += timedelta(milliseconds=1)  # other writers may cut statistics to milliseconds
+        last += timedelta(milliseconds=1)  # nanoseconds are cut, and other writers may cut to milliseconds
     return (low is None or last is None or low <= last) and (high is None or first is None or first <= high)
