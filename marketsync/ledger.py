@@ -190,6 +190,34 @@ _hold = sa.Table(
 )
 
 
+_ADVANCED = (
+    "state",
+    "owner",
+    "cursor",
+    "requests",
+    "rows",
+    "subject_rows",
+    "restarted",
+    "extent",
+    "asked_at",
+    "final_until",
+    "resume_at",
+    "label",
+    "error",
+    "changed_at",
+)
+# One statement for all units of a segment, built once: building it anew for each cost more than running it.
+_ADVANCE = (
+    _work.update()
+    .where(
+        _work.c.work_id == sa.bindparam("b_work"),
+        _work.c.owner == sa.bindparam("b_owner"),
+        _work.c.epoch == sa.bindparam("b_epoch"),
+    )
+    .values({name: sa.bindparam(name) for name in _ADVANCED})
+)
+
+
 class WorkState(StrEnum):
     """Where a work unit is."""
 
@@ -689,7 +717,7 @@ class Ledger:
             for of_subject in by_store.values():
                 for subject, pieces in of_subject.items():
                     together[subject].extend(pieces)
-            active = self._active(connection, dataset, request_hash)
+            active = self._active(connection, dataset, request_hash, owner)
             ids = {unit.work_id(request_hash): unit for unit in candidates}
             known: dict[str, Any] = {}
             for part in _chunks(list(ids)):
@@ -702,6 +730,9 @@ class Ledger:
                     settled += 1
                     continue
                 if row is not None and row.state in (WorkState.DROPPED, WorkState.SPLIT) and not retry:
+                    settled += 1
+                    continue
+                if row is not None and row.state == WorkState.SEALED:
                     settled += 1
                     continue
                 hands = self._in_other_hands(active, work_id, unit, owner, now)
@@ -785,14 +816,17 @@ class Ledger:
         return Claims(taken, settled, elsewhere)
 
     def _active(
-        self, connection: sa.Connection, dataset: str, request_hash: str
+        self, connection: sa.Connection, dataset: str, request_hash: str, owner: str
     ) -> list[tuple[str, Unit, str, datetime | None]]:
+        """Return the units that are in hands or in the spool, but for the owner's own: a planner never yields two that
+        overlap, and what it planned before is told by its work id."""
         w = _work.c
         rows = connection.execute(
             sa.select(w.work_id, w.unit, w.owner, w.lease_until, w.state).where(
                 w.dataset == dataset,
                 w.request_hash == request_hash,
-                w.state.in_([WorkState.LEASED, WorkState.SEALED]),
+                w.state.in_([WorkState.LEASED.value, WorkState.SEALED.value]),
+                w.owner != owner,
             )
         )
         return [
@@ -841,23 +875,49 @@ class Ledger:
                     .values(state=WorkState.OWED.value, owner=None, lease_until=None, changed_at=self._clock.now())
                 )
 
-    def split(self, work: Work, owner: str, halves: Sequence[Unit], run_id: str, plan: str) -> None:
-        """Mark a work unit as replaced by its halves (which are claimed as any unit is)."""
-        with self._write() as connection:
-            self._fenced(connection, work, owner, {"state": WorkState.SPLIT.value, "owner": None})
-
-    def _fenced(self, connection: sa.Connection, work: Work, owner: str, values: Mapping[str, Any]) -> None:
-        done = connection.execute(
-            _work.update()
-            .where(_work.c.work_id == work.work_id, _work.c.owner == owner, _work.c.epoch == work.epoch)
-            .values(changed_at=self._clock.now(), **values)
-        )
-        if done.rowcount != 1:
-            raise LeaseLost(
-                work.work_id,
-                f"{work.unit.dataset} {', '.join(work.unit.subjects[:3])}: another worker has taken this unit over "
-                f"(epoch {work.epoch} is past); its pages that are not sealed are thrown away here",
+    def _advance(self, connection: sa.Connection, owner: str, parts: Sequence[Part]) -> None:
+        """Bring units to where their parts say, all or none; LeaseLost names the first that was taken over."""
+        if not parts:
+            return
+        now = self._clock.now()
+        rows = []
+        for part in parts:
+            work = part.work
+            totals = dict(work.subject_rows)
+            for subject, count in part.subject_rows.items():
+                totals[subject] = totals.get(subject, 0) + count
+            held = part.state in (WorkState.LEASED, WorkState.SEALED)
+            rows.append(
+                {
+                    "b_work": work.work_id,
+                    "b_owner": owner,
+                    "b_epoch": work.epoch,
+                    "state": part.state.value,
+                    "owner": owner if held else None,
+                    "cursor": None if part.cursor is None else json.dumps(part.cursor),
+                    "requests": work.requests + part.requests,
+                    "rows": work.rows + part.rows,
+                    "subject_rows": json.dumps(totals),
+                    "restarted": work.restarted or part.restarted,
+                    "extent": json.dumps(part.extent) if part.extent else "{}",
+                    "asked_at": part.asked_at,
+                    "final_until": part.final_until,
+                    "resume_at": part.resume_at,
+                    "label": part.label,
+                    "error": part.error,
+                    "changed_at": now,
+                }
             )
+        if connection.execute(_ADVANCE, rows).rowcount == len(rows):
+            return
+        for part in parts:
+            held = connection.execute(
+                sa.select(_work.c.epoch, _work.c.changed_at).where(_work.c.work_id == part.work.work_id)
+            ).first()
+            # What was still ours has just been changed by the update above.
+            if held is None or held.epoch != part.work.epoch or held.changed_at != now:
+                raise _lost(part.work)
+        raise _lost(parts[0].work)
 
     def seal(
         self,
@@ -874,31 +934,7 @@ class Ledger:
         its way.
         """
         with self._write() as connection:
-            for part in parts:
-                work = part.work
-                totals = dict(work.subject_rows)
-                for subject, rows in part.subject_rows.items():
-                    totals[subject] = totals.get(subject, 0) + rows
-                self._fenced(
-                    connection,
-                    work,
-                    owner,
-                    {
-                        "state": part.state.value,
-                        "owner": owner if part.state is WorkState.LEASED else None,
-                        "cursor": None if part.cursor is None else json.dumps(part.cursor),
-                        "requests": work.requests + part.requests,
-                        "rows": work.rows + part.rows,
-                        "subject_rows": json.dumps(totals),
-                        "restarted": work.restarted or part.restarted,
-                        "extent": json.dumps(part.extent),
-                        "asked_at": part.asked_at,
-                        "final_until": part.final_until,
-                        "resume_at": part.resume_at,
-                        "label": part.label,
-                        "error": part.error,
-                    },
-                )
+            self._advance(connection, owner, parts)
             connection.execute(
                 _segment.insert().values(
                     segment_id=segment.segment_id,
@@ -1292,6 +1328,14 @@ def _answers(unit: Unit, row: Any, count: int) -> list[Covered]:
     if pieces and len(pieces) == 2:
         pieces[0] = replace(pieces[0], rows=None)
     return pieces
+
+
+def _lost(work: Work) -> LeaseLost:
+    return LeaseLost(
+        work.work_id,
+        f"{work.unit.dataset} {', '.join(work.unit.subjects[:3])}: another worker has taken this unit over "
+        f"(epoch {work.epoch} is past); its pages that are not sealed are thrown away here",
+    )
 
 
 def _segment_of(row: Any) -> Segment:
