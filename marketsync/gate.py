@@ -211,10 +211,20 @@ def _may_repeat(frame: pl.DataFrame, schema: Schema) -> bool:
         subject = frame[others[0]]
         changed = subject.slice(1) != subject.slice(0, subject.len() - 1)
         if (up | changed).all() or (down | changed).all():
-            starts = subject.slice(1).filter(changed)
-            first = subject.slice(0, 1)
-            return pl.concat([first, starts]).n_unique() != starts.len() + 1
+            return _runs_meet(subject, times, changed)
     return bool(frame.select(pl.struct(schema.key).is_duplicated().any()).item())
+
+
+def _runs_meet(subject: pl.Series, times: pl.Series, changed: pl.Series) -> bool:
+    """Return whether two runs (rows of one subject in a row, in the order of time) may share a key: pages of several
+    chains lie one after the other in a segment, and only their ends need to be compared."""
+    breaks = changed.arg_true()
+    first = pl.concat([pl.Series([0], dtype=breaks.dtype), breaks + 1])
+    last = pl.concat([breaks, pl.Series([times.len() - 1], dtype=breaks.dtype)])
+    runs = pl.DataFrame({"subject": subject.gather(first), "a": times.gather(first), "b": times.gather(last)})
+    low, high = pl.min_horizontal("a", "b"), pl.max_horizontal("a", "b")
+    runs = runs.select("subject", low.alias("low"), high.alias("high")).sort("subject", "low")
+    return bool(runs.select((pl.col("low") <= pl.col("high").shift(1).over("subject")).any()).item())
 
 
 # ---------------------------------------------------------------- what is told about a row
