@@ -940,6 +940,13 @@ def _inspected_configuration(path: Path, document: Document, secrets_required: b
                     )
                     for one in error.problems
                 ]
+    for name, plan in configuration.plans.items():
+        holes = plan.judge.known_holes
+        if holes is not None and not (path.parent / Path(holes).expanduser()).is_file():
+            place = ("plans", name, "judge", "known_holes")
+            message = f"there is no file {path.parent / holes}"
+            remedy = "the path is relative to this file"
+            problems.append(Problem(document.name, document.line(place), dotted(place), message, remedy))
     places: list[tuple[FieldPath, str]] = [(("market_hours", name), name) for name in configuration.market_hours]
     for name, upstream in configuration.upstreams.items():
         for dataset, calendar in (upstream.calendars if upstream else {}).items():

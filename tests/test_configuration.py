@@ -276,6 +276,13 @@ UPSTREAMS_REFUSED = [
     ("    since", "    schedule: 0 25 * * *\n    since", 11, "plans.nightly.schedule", "'25' is not a hour"),
     ("    since", "    zone: Mars/Base\n    since", 11, "plans.nightly.zone", "use an IANA name"),
     ("    since", "    segment: {rows: few}\n    since", 11, "plans.nightly.segment.rows", "must be a whole number"),
+    (
+        "    since",
+        "    judge: {known_holes: h.yml}\n    since",
+        11,
+        "plans.nightly.judge.known_holes",
+        "there is no file",
+    ),
     ("delta://", "detla://", 6, "stores.default", "did you mean delta://? stores: delta://"),
     ("delta://./data", "./data", 6, "stores.default", "write delta://./data"),
     ("[AAPL, MSFT]", "[AAPL, TRUE]", 4, "universes.tech", "put symbols in quotes"),
