@@ -183,9 +183,8 @@ class Client:
         return last[1]
 
     def describe(self, ask: Ask, cursor: Mapping[str, Any] | None = None) -> str:
-        """Return the request as a person reads it, without sending it (a token to come is left out)."""
-        bearer = None if self.definition.auth.oauth2 is None else "..."
-        return build(self.definition, ask, cursor, self._secrets, base_url=self.base_url, bearer=bearer).label
+        """Return the request as a person reads it, without sending it."""
+        return self._prepared(ask).page(cursor).label
 
     # ------------------------------------------------------------ judging
 

@@ -57,8 +57,8 @@ class Unexpected(ProviderError):
 class Opened:
     """An answer whose rows are not read yet.
 
-    `document` is the JSON body without its rows (None for CSV, or when the body is the rows); `parts` hold the rows'
-    bytes, one per packed member; `found` tells whether the path to the rows exists (with null it does); `guessed`
+    `document` is the JSON body with `UNREAD` for its rows (None for CSV, or when the body is the rows); `parts` hold
+    the rows' bytes, one per packed member; `found` tells whether the path to the rows exists (with null it does); `guessed`
     tells that the parts were cut out by position, which reading them must confirm.
     """
 
@@ -69,9 +69,22 @@ class Opened:
     guessed: bool = False
 
 
+class _Unread:
+    """Stands in a document where the rows are: something is there, and nobody looked at it yet."""
+
+    def __repr__(self) -> str:
+        return "(rows)"
+
+
+UNREAD = _Unread()
+
+
 def walk(document: Any, path: str) -> Any:
-    """Return the value at a path of names (or list positions) joined by dots; None where it is absent."""
+    """Return the value at a path of names (or list positions) joined by dots; None where it is absent, `UNREAD` for
+    the rows and everything in them."""
     for part in path.split(".") if path else ():
+        if document is UNREAD:
+            return UNREAD
         if isinstance(document, Mapping):
             document = document.get(part)
         elif isinstance(document, list) and part.isdigit():
@@ -772,7 +785,10 @@ def _open_whole(body: bytes, opener: bytes) -> Opened:
     if first == b"{" == opener:
         try:
             shallow = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-            document = {k: msgspec.json.decode(raw) for k, raw in shallow.items() if len(bytes(raw)) <= _SHALLOW_BYTES}
+            document = {
+                key: msgspec.json.decode(raw) if len(memoryview(raw)) <= _SHALLOW_BYTES else UNREAD
+                for key, raw in shallow.items()
+            }
         except (msgspec.DecodeError, UnicodeDecodeError):
             document = _decode(body)
         return Opened(document, (body,), True, body)
@@ -807,12 +823,12 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
     parent = walk(document, ".".join(path[:-1]))
     if not isinstance(parent, dict) or parent.get(path[-1]) != _MARK:
         return None
-    parent[path[-1]] = None
+    parent[path[-1]] = UNREAD
     return document, body[start:end]
 
 
 def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:
-    """Return the document with null for the rows, the rows' bytes (None for null), and whether the path exists."""
+    """Return the document with `UNREAD` for the rows, the rows' bytes (None for null), and whether the path exists."""
     try:
         return _cut_raw(body, path)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -823,14 +839,17 @@ def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]
         step = int(step)
     elif not isinstance(parent, dict) or step not in parent:
         return document, None, False
-    rows, parent[step] = parent[step], None
-    return document, None if rows is None else json.dumps(rows).encode(), True
+    rows = parent[step]
+    if rows is None:
+        return document, None, True
+    parent[step] = UNREAD
+    return document, json.dumps(rows).encode(), True
 
 
 def _cut_raw(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:
     if not path:
         rows = body.strip()
-        return None, None if rows == b"null" else rows, True
+        return (None, None, True) if rows == b"null" else (UNREAD, rows, True)
     first = body.lstrip()[:1]
     if first == b"{":
         members: dict[Any, msgspec.Raw] = dict(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))

@@ -18,7 +18,7 @@ from typing import Any
 
 from marketsync.definition import Dataset, Definition, Fault, Format, Verdict
 from marketsync.durations import Span, Unit, parse_span
-from providers.decode import Opened, walk
+from providers.decode import UNREAD, Opened, walk
 from providers.transport import Answer, Trouble
 
 COOL_DOWN_SECONDS = 60.0
@@ -174,8 +174,8 @@ class _Wanted:
         """Return whether the value is the wanted one, and the match when a pattern found it."""
         if self._null:
             return (value is None) != self._negated, None
-        if value is None:
-            return False, None  # what is absent neither is nor is not a value
+        if value is None or value is UNREAD:
+            return False, None  # what is absent, or not read yet, neither is nor is not a value
         if self._pattern is not None:
             match = self._pattern.search(_plain(value))
             return (match is not None) != self._negated, None if self._negated else match
@@ -331,8 +331,9 @@ def provider_words(answer: Answer, document: Any, say: str | None) -> str:
         value = next((value[name] for name in _USUAL_WORDS if value.get(name)), value)
     if value is None and answer.status >= 400:
         value = _first_line(answer.body)
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.split())
+    if not isinstance(value, str):
+        value = "" if value is None or value is UNREAD else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(value.split())
     return text if len(text) <= _WORDS_MOST else text[: _WORDS_MOST - 3] + "..."
 
 

@@ -255,6 +255,17 @@ def test_a_rule_can_say_that_rows_left_out_are_none() -> None:
     rule = {"when": {"path": {"data": None, "status": "OK"}}, "then": "empty"}
     assert ruled(rule, answer({"status": "OK"})).verdict is Verdict.EMPTY
     assert ruled(rule, answer({"status": "OK", "data": None})).verdict is Verdict.EMPTY
+    assert ruled(rule, answer({"status": "OK", "data": [{"s": "x"}]})).verdict is Verdict.ROWS
+    assert ruled(rule, answer({"status": "OK", "data": [{"s": "x"}], "n": "]"})).verdict is Verdict.ROWS
+
+
+def test_rows_that_are_not_read_yet_are_neither_null_nor_any_value() -> None:
+    rows = {"status": "OK", "data": [{"s": "error"}]}
+    for wanted in (None, "error", "/error/", "not ok"):
+        for path in ("data", "data.0.s", "data.9"):
+            rule = {"when": {"path": {path: wanted}}, "then": "drop"}
+            assert ruled(rule, answer(rows)).verdict is Verdict.ROWS, (path, wanted)
+    assert ruled({"when": {"path": {"data": "not null"}}, "then": "drop"}, answer(rows)).verdict is Verdict.DROP
 
 
 def test_plain_text_is_judged_by_its_body_within_the_first_64_kib() -> None:
