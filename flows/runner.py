@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import Task, allow_failure, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture, as_completed
 from prefect.states import Completed, Failed
 
@@ -28,9 +29,11 @@ from tasks.fetch import Fetched
 from tasks.runner import Pending
 from tasks.watch import interrupt_all
 
-INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a signal came
+INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a run is to stop
+POLL_SECONDS = 5.0  # how often the server is asked whether a run was cancelled that has no worker
 SHOWN_REMARKS = 20  # of one step in its log
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -157,47 +160,54 @@ def _named(result: Any, name: str, message: str) -> State[Any]:
     return Completed(name=name, message=message, data=result)
 
 
-class Interruption:
-    """Turns SIGTERM and Ctrl-C into a pause while a run lasts; a context manager.
+class Stoppable:
+    """A call that SIGTERM, Ctrl-C and a cancellation turn into a pause, where they would break it off.
 
-    The first signal asks every running step of the process to stop at its next page, and those that begin afterwards
-    too, so that what was fetched is sealed and delivered. The second is dealt with as if this were not here. In a
-    thread other than the main one no signal can be heard, and nothing is changed.
+    Prefect and Python raise a signal as an exception in the main thread, so the call goes on in another thread while
+    the main one waits. The first signal asks every running step of the process to stop at its next page, and those
+    that begin afterwards too, so that what was fetched is sealed and delivered. The second is not held back.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
+    def __init__(self, is_cancelled: Callable[[], bool] | None = None):
+        """`is_cancelled` is asked every `POLL_SECONDS`: for a flow run that nobody sends a signal."""
+        self.signal: TerminationSignal | KeyboardInterrupt | None = None
         self.asked = threading.Event()
+        self._is_cancelled = is_cancelled
         self._over = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
-        self._teller = threading.Thread(target=self._tell, name="interruption", daemon=True)
 
-    def __enter__(self) -> Interruption:
-        self._teller.start()
-        if threading.current_thread() is threading.main_thread():
-            for one in self.SIGNALS:
-                self._before[one] = signal.signal(one, self._heard)
-        return self
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns, or raise what it raises; `asked` and `signal` then say whether it was stopped."""
+        done: Future[T] = Future()
+        context = contextvars.copy_context()
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-        self._over.set()
-        self.asked.set()
-        self._teller.join()
+        def work() -> None:
+            try:
+                done.set_result(context.run(call))
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+                done.set_exception(error)
 
-    def _restore(self) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-        self._before.clear()
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        # Only an event is set here: locks of whatever the main thread was doing may be held.
-        self._restore()
-        self.asked.set()
+        threading.Thread(target=work, name="run", daemon=True).start()
+        teller = threading.Thread(target=contextvars.copy_context().run, args=[self._tell], name="stop", daemon=True)
+        teller.start()
+        try:
+            return done.result()
+        except (TerminationSignal, KeyboardInterrupt) as signal:
+            if done.done():
+                raise
+            self.signal = signal
+            self.asked.set()
+            log.warning("stopping at the next page; again to stop at once")
+            return done.result()
+        finally:
+            self._over.set()
+            teller.join()
 
     def _tell(self) -> None:
-        self.asked.wait()
-        while not self._over.is_set():
-            interrupt_all()
-            self._over.wait(INTERRUPT_SECONDS)
+        polled = time.monotonic()
+        while not self._over.wait(INTERRUPT_SECONDS):
+            if self.asked.is_set():
+                interrupt_all()
+            elif self._is_cancelled is not None and time.monotonic() - polled >= POLL_SECONDS:
+                if self._is_cancelled():
+                    self.asked.set()
+                polled = time.monotonic()

@@ -5,24 +5,27 @@ A flow run that must wait for a quota ends, and asks its deployment for the run 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BeforeValidator, Field
 
 from flows.artifacts import REFUSED, ProgressDisplay, sentence, show
 from flows.continuation import continue_later, flow_run, is_caught_up, tell_caught_up
-from flows.runner import Interruption, PrefectRunner
+from flows.runner import PrefectRunner, Stoppable
 from marketsync.errors import ConfigurationError, Interrupted, MarketSyncError, WaitingForQuota
 from marketsync.ledger import RunRow
+from marketsync.rendering.words import many
 from marketsync.report import Remark, RunReport, RunState
 from marketsync.upstream import NAME
 from tasks.inquiry import Estimate, estimate
@@ -101,7 +104,8 @@ def sync_plan(
     try:
         workspace = open_workspace(config)
         workspace.plan(plan)
-        report, signalled = _synced(workspace, plan, options, refetch_begun)
+        stoppable = Stoppable(_watch_for_cancellation())
+        report = _synced(workspace, plan, options, refetch_begun, stoppable)
     except MarketSyncError as error:
         what = "the configuration is wrong" if isinstance(error, ConfigurationError) else type(error).__name__
         logger.error("plan %s was not synced: %s\n%s", plan, what, error)
@@ -111,39 +115,50 @@ def sync_plan(
     show(workspace, report, html_folder=Path(report_folder) if report_folder else None, html_address=report_address)
     if is_caught_up(report, options):
         tell_caught_up(workspace, report)
-    return _ended(report, _what_next(workspace, report, options), cancelling=signalled and _is_cancelling())
+    ended = _ended(report, _what_next(workspace, report, options))
+    if stoppable.asked.is_set() and _is_cancelling():
+        if isinstance(stoppable.signal, TerminationSignal):
+            # The worker sent it, and sets the final state once we are gone.
+            raise stoppable.signal
+        return Cancelled(message=ended.message, data=RunFailed(str(ended.message), report))
+    return ended
 
 
 def _synced(
-    workspace: Workspace, plan: str, options: Options, refetch_begun: datetime | None
-) -> tuple[RunReport, bool]:
-    """Run a plan once; return its report and whether a signal asked it to stop."""
-    logger = get_run_logger()
+    workspace: Workspace, plan: str, options: Options, refetch_begun: datetime | None, stoppable: Stoppable
+) -> RunReport:
+    """Run a plan once and return its report."""
     path = str(workspace.path.resolve())
     sweep(path)
     run, state = begin(path, plan)
     if state is not None:
-        return not_started(path, plan, run, state), False
+        return not_started(path, plan, run, state)
     if options.refetch and refetch_begun is not None:
         # What was asked since the first of these runs began has been fetched again already.
         run = replace(run, started=refetch_begun)
-    expected = expected_of(workspace, plan, options)
-    if expected is not None:
-        logger.info("plan %s: about %s requests are owed (run %s)", plan, f"{expected.requests:,}", run.run_id)
     try:
-        with Interruption() as interruption, ProgressDisplay(run, expected) as display:
-            try:
-                outcomes = describe(path, plan, run, options, PrefectRunner(), seconds=step_seconds(expected))
-                report = finish(path, plan, run, outcomes, "prefect")
-            except WaitingForQuota as wait:
-                report = _broke(workspace, run, RunState.WAITING_FOR_QUOTA, str(wait), wait.resume_at)
-            except Interrupted as stop:
-                report = _broke(workspace, run, RunState.PAUSED, str(stop))
+        expected = expected_of(workspace, plan, options)
+        if expected is not None:
+            requests = many(expected.requests, "request")
+            get_run_logger().info("plan %s: about %s to send (run %s)", plan, requests, run.run_id)
+        with ProgressDisplay(run, expected) as display:
+            report = stoppable.run(partial(_steps, workspace, run, options, step_seconds(expected)))
             display.ended(report)
-            return report, interruption.asked.is_set()
+        return report
     except BaseException as error:
         broken_off(path, run, error)
         raise
+
+
+def _steps(workspace: Workspace, run: RunRow, options: Options, seconds: float) -> RunReport:
+    path = str(workspace.path.resolve())
+    try:
+        outcomes = describe(path, run.plan, run, options, PrefectRunner(), seconds=seconds)
+    except WaitingForQuota as wait:
+        return _broke(workspace, run, RunState.WAITING_FOR_QUOTA, str(wait), wait.resume_at)
+    except Interrupted as stop:
+        return _broke(workspace, run, RunState.PAUSED, str(stop))
+    return finish(path, run.plan, run, outcomes, "prefect")
 
 
 def expected_of(workspace: Workspace, plan: str, options: Options) -> Estimate | None:
@@ -203,7 +218,7 @@ def _what_next(workspace: Workspace, report: RunReport, options: Options) -> str
 
 
 def _is_cancelling() -> bool:
-    """Return whether the signal that stopped us was Prefect's, for a cancellation from its user interface."""
+    """Return whether somebody cancelled this flow run."""
     this = flow_run()
     if this is None:
         return False
@@ -213,6 +228,21 @@ def _is_cancelling() -> bool:
     except REFUSED:
         return False
     return state is not None and state.is_cancelling()
+
+
+def _watch_for_cancellation() -> Callable[[], bool] | None:
+    """Return what asks the server for a cancellation where no worker would tell us of it."""
+    this = flow_run()
+    return _is_cancelling if this is not None and this.deployment_id is None else None
+
+
+class RunFailed(MarketSyncError):
+    """A run failed; Prefect wants an exception in a state that is not Completed, so the report travels in one."""
+
+    def __init__(self, message: str, report: RunReport):
+        super().__init__(message)
+        self.report = report
+        self.exit_code = report.state.exit_code
 
 
 NAMES: Mapping[RunState, str] = {
@@ -225,20 +255,19 @@ NAMES: Mapping[RunState, str] = {
 }
 
 
-def _ended(report: RunReport, next_sentence: str, *, cancelling: bool = False) -> State[Any]:
+def _ended(report: RunReport, next_sentence: str) -> State[Any]:
     """Return the final state of a flow run from its report."""
     parts = [sentence(report), next_sentence]
     if report.state is RunState.FAILED:
         first = report.errors[0].message if report.errors else "see the report for what failed"
-        return Failed(message="; ".join([first, *filter(None, parts)]), data=report)
+        message = "; ".join([first, *filter(None, parts)])
+        return Failed(message=message, data=RunFailed(message, report))
     if report.state is RunState.COMPLETED_WITH_FINDINGS:
         parts.extend(report.findings[:3])
     if report.state in (RunState.PAUSED, RunState.CANCELLED):
-        parts.extend(remark.message for remark in report.remarks if remark.kind == "paused")
-        parts.append("another run goes on where this one stopped")
+        why = [remark.message for remark in report.remarks if remark.kind == "paused"]
+        parts.extend(why or ["another run goes on where this one stopped"])
     message = "; ".join(filter(None, parts))
-    if cancelling:
-        return Cancelled(message=message, data=report)
     return Completed(name=NAMES[report.state], message=message, data=report)
 
 
@@ -260,6 +289,8 @@ def run_from_command_line(config: str | Path, plan: str, options: Options) -> Ru
     result = state.result(raise_on_failure=False)
     if isinstance(result, RunReport):
         return result
+    if isinstance(result, RunFailed):
+        return result.report
     if isinstance(result, BaseException):
         raise result
     raise MarketSyncError(
