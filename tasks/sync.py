@@ -26,10 +26,10 @@ from marketsync.report import (
     RunReport,
     RunState,
     TableSize,
-    Watermark,
     WorkCounts,
     state_after,
     suggested,
+    watermarks_of,
 )
 from storage.protocol import Store, Written
 from tasks.fetch import Fetched
@@ -51,6 +51,7 @@ class Outcome:
     prepared: Prepared | None = None
     fetched: list[Fetched] = field(default_factory=list)
     judged: list[DatasetReport] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
 
 def begin(config: str, plan: str) -> tuple[RunRow, RunState | None]:
@@ -104,8 +105,11 @@ def describe(
                     ended[parent].wait()
             task = tasks[name]
             outcome = outcomes[name]
+            began = workspace.clock.timestamp()
             first = runner.submit(prepare, task, name=f"prepare {name}")
             outcome.prepared = first.result()
+            outcome.timings["prepare"] = workspace.clock.timestamp() - began
+            began = workspace.clock.timestamp()
             last: Pending = first
             more = True
             while more:
@@ -113,7 +117,10 @@ def describe(
                 done: Fetched = last.result()
                 outcome.fetched.append(done)
                 more = done.more
+            outcome.timings["fetch and deliver"] = workspace.clock.timestamp() - began
+            began = workspace.clock.timestamp()
             outcome.judged = runner.submit(judge_step, task, after=[last], name=f"judge {name}").result()
+            outcome.timings["judge"] = workspace.clock.timestamp() - began
         except BaseException as error:  # noqa: BLE001 - raised again below, when all have ended
             failures.append(error)
         finally:
@@ -149,15 +156,24 @@ def _told(workspace: Workspace, plan: str, options: Options) -> Options:
 def judge(task: Task, full_below: int = FULL_BELOW) -> list[DatasetReport]:
     """Judge one dataset in each store of the plan: all of it while the table has fewer rows than `full_below`, then
     only what the run touched (and freshness), so that a nightly run does not pay for the history."""
+    from tasks.judge import open_spans
+
     scope = task.scope()
     result = []
-    touched = merged(
+    touched = [
         Interval(row.start, row.end)
         for row in scope.ledger.works(dataset=task.dataset, run_id=task.run_id, limit=1_000_000)
-    )
+    ]
+    before = last_report(scope.workspace, task.plan)
     for target in scope.targets:
+        left_open = [
+            span
+            for part in (before.datasets if before else ())
+            if part.dataset == task.dataset and part.store == target.store_id and part.judgement is not None
+            for span in open_spans(part.judgement)
+        ]
         try:
-            result.append(_judged(scope, target.store_id, target.store, touched, full_below))
+            result.append(_judged(scope, target.store_id, target.store, merged([*touched, *left_open]), full_below))
         except StoreError as error:
             result.append(DatasetReport(dataset=task.dataset, store=target.store_id, state=str(error)))
     return result
@@ -180,11 +196,11 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
     from tasks.judge import KnownHoles, read_known_holes
     from tasks.judge import judge as ask
 
-    if store.marker(scope.dataset) is None:
-        return DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
-    rows = store.info(scope.dataset).rows
-    small = rows < full_below
-    part = table_report(scope.dataset, store_id, store, watermarks=small)
+    there = store.marker(scope.dataset) is not None
+    small = not there or store.info(scope.dataset).rows < full_below
+    part = DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
+    if there:
+        part = table_report(scope.dataset, store_id, store)
     wanted = scope.wanted
     if not wanted or scope.schema.time is None:
         return part
@@ -207,7 +223,8 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
         spans=None if small else list(touched),
         known=known,
     )
-    return replace(part, judgement=judgement)
+    marks = store.watermarks(scope.dataset) if there and small else {}
+    return replace(part, judgement=judgement, watermarks=watermarks_of(judgement, marks)[:SHOWN_WATERMARKS])
 
 
 def finish(
@@ -239,6 +256,15 @@ def keep(workspace: Workspace, report: RunReport) -> Path:
     path = folder / f"{report.run}.json"
     path.write_text(report.to_json(), encoding="utf-8")
     return path
+
+
+def last_report(workspace: Workspace, plan: str) -> RunReport | None:
+    """Return the report of the last run of a plan that has one."""
+    for run in workspace.ledger.runs(plan, limit=5):
+        found = kept(workspace, run.run_id)
+        if found is not None:
+            return found
+    return None
 
 
 def kept(workspace: Workspace, run_id: str | None = None) -> RunReport | None:
@@ -362,6 +388,10 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         ended=now,
         remarks=tuple(remark for remark in remarks if remark.kind not in ERRORS),
         datasets=tuple(judged),
+        timings={
+            phase: round(sum(outcome.timings.get(phase, 0.0) for outcome in outcomes), 3)
+            for phase in dict.fromkeys(phase for outcome in outcomes for phase in outcome.timings)
+        },
         quotas=quotas_left(workspace, [outcome.dataset for outcome in outcomes]),
         orchestrator=orchestrator,
     )
@@ -401,20 +431,15 @@ def quotas_left(workspace: Workspace, datasets: Iterable[str]) -> tuple[QuotaLef
     return tuple(result)
 
 
-def table_report(dataset: str, store_id: str, store: Store, *, watermarks: bool = True) -> DatasetReport:
-    """Return how one dataset stands in one store: size and watermarks, no judgement."""
+def table_report(dataset: str, store_id: str, store: Store) -> DatasetReport:
+    """Return the size of one dataset in one store; no watermarks, no judgement."""
     info = store.info(dataset)
-    marks = store.watermarks(dataset) if watermarks else {}
     return DatasetReport(
         dataset=dataset,
         store=store_id,
         store_url=store.url,
         size=TableSize(
             rows=info.rows, bytes=info.bytes, files=info.files, commits=info.commits, location=info.location
-        ),
-        watermarks=tuple(
-            Watermark(subject=subject, newest=newest.isoformat())
-            for subject, newest in sorted(marks.items())[:SHOWN_WATERMARKS]
         ),
     )
 
