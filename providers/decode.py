@@ -40,6 +40,8 @@ _ENVELOPE_BYTES_MOST = 65_536
 _SPLIT_KEYED_BYTES = 131_072  # from here on, long lists by key are parsed outside the interpreter lock
 _SPLIT_KEY_BYTES = 65_536
 _SHALLOW_BYTES = 4_096
+_REMEMBERED = 256
+_MISSING = object()
 _COLON = re.compile(rb"\s*:\s*")
 _FIRST_VALUE = re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(.)', re.DOTALL)
 _NESTED = re.compile(r"[^\s.]+(\.[^\s.]+)+")
@@ -58,8 +60,8 @@ class Opened:
     """An answer whose rows are not read yet.
 
     `document` is the JSON body with `UNREAD` for its rows (None for CSV, or when the body is the rows); `parts` hold
-    the rows' bytes, one per packed member; `found` tells whether the path to the rows exists (with null it does); `guessed`
-    tells that the parts were cut out by position, which reading them must confirm.
+    the rows' bytes, one per packed member; `found` tells whether the path to the rows exists (with null it does);
+    `guessed` tells that the parts were cut out by position, which reading them must confirm.
     """
 
     document: Any
@@ -376,35 +378,44 @@ class Decoder:
 
     def _json_schema(self) -> dict[str, pl.DataType] | None:
         kinds = tuple(self._kinds[column.name] for column in self._fields)
-        if kinds not in self._compiled:
-            tree: dict[str, Any] | None = {}
-            for column, kind in zip(self._fields, kinds, strict=True):
-                branch: Any = tree
-                for step in column.path[:-1]:
-                    branch = branch.setdefault(step, {}) if isinstance(branch, dict) else None
-                if not isinstance(branch, dict) or any(step.isdigit() for step in column.path[1:]):
-                    tree = None  # positions in lists are read row by row
-                    break
-                branch[column.path[-1]] = kind.json_type
-            self._compiled[kinds] = _as_struct(tree) if tree is not None else None
-        return self._compiled[kinds]
+        return self._once(("json", kinds), lambda: self._new_json_schema(kinds))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made for this key before, or make it; another thread may empty the memory at any moment."""
+        found = self._compiled.get(key, _MISSING)
+        if found is _MISSING:
+            if len(self._compiled) >= _REMEMBERED:
+                self._compiled.clear()
+            found = self._compiled[key] = make()
+        return found
+
+    def _new_json_schema(self, kinds: tuple[_Kind, ...]) -> dict[str, pl.DataType] | None:
+        tree: dict[str, Any] = {}
+        for column, kind in zip(self._fields, kinds, strict=True):
+            if any(step.isdigit() for step in column.path[1:]):
+                return None  # positions in lists are read row by row
+            branch: Any = tree
+            for step in column.path[:-1]:
+                branch = branch.setdefault(step, {})
+                if not isinstance(branch, dict):
+                    return None  # a field that is a value here and an object there
+            branch[column.path[-1]] = kind.json_type
+        return _as_struct(tree)
 
     def _row_type(self, kinds: tuple[_Kind, ...]) -> Any:
-        key = ("row", kinds)
-        if key not in self._compiled:
-            fields = [(f"f{i}", kind.strict_type, None) for i, kind in enumerate(kinds)]
-            rename = {f"f{i}": column.raw for i, column in enumerate(self._fields)}
-            self._compiled[key] = msgspec.defstruct("Row", fields, rename=rename, gc=False)
-        return self._compiled[key]
+        fields = [(f"f{i}", kind.strict_type, None) for i, kind in enumerate(kinds)]
+        rename = {f"f{i}": column.raw for i, column in enumerate(self._fields)}
+        return msgspec.defstruct("Row", fields, rename=rename, gc=False)
 
     def _decoder_of(self, wrap: str) -> tuple[msgspec.json.Decoder, tuple[_Kind, ...]]:
         kinds = tuple(self._kinds[column.name] for column in self._fields)
-        key = (wrap, kinds)
-        if key not in self._compiled:
+
+        def make() -> msgspec.json.Decoder:
             row = self._row_type(kinds)
             types: dict[str, Any] = {"list": list[row], "lists": dict[str, list[row]], "single": dict[str, row]}
-            self._compiled[key] = msgspec.json.Decoder(types[wrap])
-        return self._compiled[key], kinds
+            return msgspec.json.Decoder(types[wrap])
+
+        return self._once((wrap, kinds), make), kinds
 
     def _strict_records(self, part: bytes) -> pl.DataFrame | None:
         """Parse with exact Python types; None where a value has another type than this column usually has."""
@@ -552,19 +563,21 @@ class Decoder:
 
     def _strict_arrays(self, part: bytes, names: tuple[str, ...]) -> pl.DataFrame | None:
         kinds = tuple(self._kinds[column.name] for column in self._fields)
-        key = ("arrays", names, kinds)
-        if key not in self._compiled:
+
+        def make() -> msgspec.json.Decoder:
             wanted = {column.raw: kind for column, kind in zip(self._fields, kinds, strict=True)}
             # a table names every value; given names may stop before the last
             exact = self._shape is Shape.TABLE
-            used = names if exact else names[: 1 + max(i for i, name in enumerate(names) if name in wanted)]
+            last = max((i for i, name in enumerate(names) if name in wanted), default=-1)
             fields = [
-                (f"f{i}", wanted[name].strict_type if name in wanted else msgspec.Raw) for i, name in enumerate(used)
+                (f"f{i}", wanted[name].strict_type if name in wanted else msgspec.Raw)
+                for i, name in enumerate(names if exact else names[: last + 1])
             ]
             row = msgspec.defstruct("Row", fields, array_like=True, gc=False, forbid_unknown_fields=exact)
-            self._compiled[key] = msgspec.json.Decoder(list[row])
+            return msgspec.json.Decoder(list[row])
+
         try:
-            rows = self._compiled[key].decode(part)
+            rows = self._once(("arrays", names, kinds), make).decode(part)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         columns = []
@@ -664,6 +677,8 @@ class Decoder:
 
     def _header_names(self, line: bytes) -> tuple[str, ...]:
         if line not in self._headers:
+            if len(self._headers) >= _REMEMBERED:
+                self._headers.clear()
             rows = list(self._csv_rows(line))
             self._headers[line] = tuple(str(name).strip() for name in rows[0]) if rows else ()
         return self._headers[line]
