@@ -55,7 +55,7 @@ class Spool:
         import polars as pl
 
         try:
-            return pl.read_ipc(self.root / path, memory_map=True)
+            return pl.read_ipc(self.root / path)
         except FileNotFoundError as error:
             raise MarketSyncError(
                 f"segment {self.root / path} is gone although it was not delivered everywhere; "
