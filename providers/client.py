@@ -314,7 +314,8 @@ class Client:
         dataset = ask.dataset if self._is_counted_by_dataset(ask.dataset, ruling.per) else None
         why = ruling.message or "the provider asked for a pause"
         if ruling.learned_limit is not None:
-            self._limiter.learn_limit(ruling.per or Span(1, Unit.MINUTE), ruling.learned_limit, dataset)
+            # said in answer to this dataset: others may be allowed far more
+            self._limiter.learn_limit(ruling.per or Span(1, Unit.MINUTE), ruling.learned_limit, ask.dataset)
         if ruling.until is not None:
             self._limiter.cool_down(ruling.until, dataset, self._secrets.redact(why))
         elif ruling.verdict is Verdict.QUOTA:

@@ -298,6 +298,8 @@ class Decoder:
             if opened.document is not None:
                 raise Unexpected(f"the answer is JSON where CSV is expected: {_shown(opened.body)}")
             return _joined([self._read_csv(part) for part in opened.parts])
+        if not opened.found and len(self._path) > 1 and walk(opened.document, ".".join(self._path[:-1])) == {}:
+            return self.nothing()  # {"corporate_actions": {}} has none of any kind
         if not opened.found:
             path = ".".join(self._path) or "rows"
             raise Unexpected(

@@ -166,6 +166,14 @@ def test_null_for_the_rows_is_nothing_and_no_rows_at_all_is_an_error_with_its_re
         read(NUMBERS, '{"error": "no such thing"}')
 
 
+def test_an_empty_object_around_the_rows_is_nothing() -> None:
+    spec = dataset({"id": "str"}, ["id"], rows="actions.dividends")
+    assert read(spec, '{"actions": {}, "next": null}').fetched == 0
+    for body in ('{"actions": {"splits": []}}', '{"actions": null}', "{}"):
+        with pytest.raises(Unexpected):
+            read(spec, body)
+
+
 @pytest.mark.parametrize("body", ['{"rows": {"a": 1}}', '{"rows": "none"}', '{"rows": 5}'])
 def test_rows_of_another_kind_are_unexpected(body: str) -> None:
     with pytest.raises(Unexpected, match="rows is not a list"):
