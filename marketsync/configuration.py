@@ -627,7 +627,9 @@ def _loaded(path: Path, document: Document) -> tuple[Loaded | None, list[Problem
         return None, problems
     whole = _Whole(path, document, configuration)
     whole.unreadable |= {
-        str(part[1]) for part in broken if part[0] == "upstreams" and (len(part) == 2 or part[2] == "definition")
+        str(part[1])
+        for part in broken
+        if part[:1] == ("upstreams",) and part[2:3] in ((), ("definition",)) and part[1:]
     }
     problems += whole.problems()
     loaded = Loaded(path, configuration, whole.merged(), tuple(whole.warnings))

@@ -19,7 +19,7 @@ NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
-STORE_SCHEMES = ("delta", "parquet", "csv", "chdb")
+STORE_SCHEMES = ("delta", "parquet", "csv", "chdb")  # those of storage.registry, which is not imported here
 
 
 def _daily_text(text: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from marketsync.configuration import (
     check_file,
@@ -18,6 +23,7 @@ from marketsync.configuration import (
 )
 from marketsync.document import parse_document
 from marketsync.errors import ConfigurationError, ExitCode
+from marketsync.upstream import STORE_SCHEMES
 
 DEFINITION = """\
 provider: acme
@@ -435,3 +441,87 @@ def test_loading_imports_no_calendar_and_no_frame_library(write):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     )
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------ whatever is written
+
+WHOLE = [
+    DEFINITION,
+    UPSTREAM,
+    MAINTENANCE,
+    *(path.read_text() for path in sorted((Path(__file__).parent.parent / "providers" / "definitions").glob("*.yml"))),
+]
+JUNK = [
+    "",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "- ",
+    "&a ",
+    "*a",
+    "!x ",
+    "'",
+    '"',
+    "\t",
+    "null",
+    "~",
+    "5",
+    "true",
+    "<<: ",
+    "$",
+    "|\n",
+]
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=st.sampled_from(WHOLE), data=st.data())
+def test_no_file_however_spoilt_makes_check_fail_otherwise_than_by_telling(text, data):
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 30)))
+        text = text[:start] + data.draw(st.sampled_from(JUNK)) + text[end:]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.yml"
+        path.write_text(text)
+        problems = check_file(path)
+    lines = text.count("\n") + 2
+    assert all(problem.message and (problem.line is None or 1 <= problem.line <= lines) for problem in problems)
+    assert not any("validat" in problem.message or "pydantic" in problem.message for problem in problems)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=st.sampled_from(WHOLE), value=VALUES, data=st.data())
+def test_any_value_in_any_place_is_either_fine_or_told_where_it_stands(text, value, data):
+    whole = parse_document(text, "f").value
+    path: list[str | int] = []
+    at = whole
+    while isinstance(at, dict | list) and at and (not path or data.draw(st.booleans())):
+        path.append(data.draw(st.sampled_from(list(at) if isinstance(at, dict) else list(range(len(at))))))
+        at = at[path[-1]]
+    put(whole, path, value)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "file.yml"
+        file.write_text(json.dumps(whole, indent=1))
+        problems = check_file(file)
+    assert all(problem.message for problem in problems)
+
+
+def put(value: Any, path: list[str | int], new: Any) -> None:
+    for step in path[:-1]:
+        value = value[step]
+    value[path[-1]] = new
+
+
+def test_every_engine_can_be_named_by_a_store():
+    from storage.registry import ENGINES
+
+    assert set(ENGINES) <= set(STORE_SCHEMES), "marketsync.upstream.STORE_SCHEMES must name storage.registry.ENGINES"
