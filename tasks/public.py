@@ -1,0 +1,179 @@
+"""A run, and the questions about it, as functions for a notebook or a script: names and a path in, values out.
+
+`from marketsync import sync, estimate, ...` leads here. They mirror the commands of the same names; printing, progress
+and exit codes are the command line's, and rows are read with `storage/reader.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from marketsync.errors import ConfigurationError
+from marketsync.report import RunReport
+from tasks import inquiry
+from tasks.inquiry import Estimate, Explanation, Status
+from tasks.sync import kept
+from tasks.sync import sync as sync_plans
+from tasks.watch import interrupt_all
+from tasks.workspace import Options, Workspace, close_workspaces
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Day = date | datetime | str
+
+_LOOK_SECONDS = 0.2
+_lock = threading.Lock()
+_syncing = 0
+
+
+def sync(
+    plan: str,
+    config: str | Path = "upstream.yml",
+    *,
+    since: Day | None = None,
+    until: Day | None = None,
+    only: str | Sequence[str] = (),
+    retry_failed: bool = False,
+    refetch: bool = False,
+    wait: bool = False,
+) -> RunReport:
+    """Fetch what a plan still owes, deliver it to its stores, judge it; return the report of the run.
+
+    `since` and `until` (that day included) stand in for the plan's; `only` names symbols. A run that could not do all
+    (a spent quota, failures, a pause) returns a report as well: `report.state` and `report.errors` say so. With `wait`
+    it sleeps through quotas. Ctrl-C, or a notebook's stop button, ends it at its next page with what it has: the report
+    then says paused, and the next sync goes on from there.
+
+    Raises ConfigurationError when upstream.yml is wrong or has no such plan, MarketSyncError when the ledger or the
+    state folder cannot be used.
+    """
+    options = _options(since, until, only, retry_failed=retry_failed, refetch=refetch)
+    reports: list[RunReport] = []
+    failures: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            reports.extend(sync_plans(config, [plan], options, wait=wait))
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            failures.append(error)
+        finally:
+            ended.set()
+
+    with _workspaces():
+        # In a thread of its own: an interrupt reaches the caller's, which then asks the run to end well.
+        threading.Thread(target=run, name=f"sync-{plan}", daemon=True).start()
+        asked = False
+        while not ended.is_set():  # and not join(), which takes a thread for dead when it is interrupted (gh-90882)
+            try:
+                ended.wait(_LOOK_SECONDS)
+                if asked:
+                    interrupt_all()  # again, since a run hears it only once it fetches
+            except KeyboardInterrupt:
+                if asked:
+                    raise
+                asked = True
+    if failures:
+        raise failures[0]
+    return reports[0]
+
+
+def estimate(
+    plan: str,
+    config: str | Path = "upstream.yml",
+    *,
+    since: Day | None = None,
+    until: Day | None = None,
+    only: str | Sequence[str] = (),
+    requests: int = 0,
+) -> Estimate:
+    """Say how many requests a sync would send, how long it takes, when it is done and which limit decides that.
+
+    Sends nothing. `requests` lists so many of the first requests.
+    """
+    with _opened(config) as workspace:
+        return inquiry.estimate(workspace, plan, _options(since, until, only), requests=requests)
+
+
+def status(plan: str, config: str | Path = "upstream.yml", *, owed: bool = False) -> Status:
+    """Say how a plan stands: covered until when, what is owed, what waits; `owed` lists the first units owed."""
+    with _opened(config) as workspace:
+        return inquiry.status(workspace, plan, owed=owed)
+
+
+def read_report(run: str | None = None, config: str | Path = "upstream.yml") -> RunReport:
+    """Return the report of a run that has ended, or of the last one; ConfigurationError when there is none."""
+    with _opened(config) as workspace:
+        found = kept(workspace, run)
+        if found is None:
+            which = f"run {run}" if run else "any run"
+            raise ConfigurationError(f"there is no report of {which} in {workspace.state}; a sync makes one")
+        return found
+
+
+def explain(dataset: str, symbol: str, day: date | str, config: str | Path = "upstream.yml") -> Explanation:
+    """Say why the rows of a symbol and day are, or are not, in the stores; `lines` holds the sentences."""
+    with _opened(config) as workspace:
+        return inquiry.explain(workspace, dataset, symbol, _day(day))
+
+
+def query(sql: str, config: str | Path = "upstream.yml", *, store: str | None = None) -> pl.DataFrame:
+    """Run a SELECT over the tables (`upstream.dataset`) of a store of upstream.yml; the first store by default."""
+    with _opened(config) as workspace:
+        return workspace.store(store or next(iter(workspace.loaded.configuration.stores))).query(sql)
+
+
+def _opened(config: str | Path) -> closing[Workspace]:
+    # Opened for one question: a file that was edited in between counts, and no store stays held by a notebook.
+    return closing(Workspace(Path(config).resolve()))
+
+
+@contextmanager
+def _workspaces() -> Iterator[None]:
+    """Close what the runs of this process have opened when the last of them has ended, for the same two reasons."""
+    global _syncing
+    with _lock:
+        _syncing += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _syncing -= 1
+            if not _syncing:
+                close_workspaces()
+
+
+def _options(
+    since: Day | None,
+    until: Day | None,
+    only: str | Sequence[str],
+    *,
+    retry_failed: bool = False,
+    refetch: bool = False,
+) -> Options:
+    names = (only,) if isinstance(only, str) else tuple(only)
+    return Options(_when("since", since), _when("until", until), names, retry_failed, refetch)
+
+
+def _day(value: date | str) -> date:
+    if isinstance(value, str):
+        try:
+            return date.fromisoformat(value)
+        except ValueError:
+            raise ConfigurationError(f"day {value!r}: not a day; write 2024-01-31") from None
+    return value.date() if isinstance(value, datetime) else value
+
+
+def _when(name: str, value: Day | None) -> date | datetime | None:
+    if not isinstance(value, str):
+        return value
+    try:
+        return date.fromisoformat(value) if len(value) <= len("2001-03-05") else datetime.fromisoformat(value)
+    except ValueError:
+        raise ConfigurationError(f"{name} {value!r}: not a date; write 2024-01-31 or 2024-01-31T12:00:00Z") from None
