@@ -6,6 +6,7 @@ engine ever gets a chance to change a value silently. It repairs nothing but the
 
 from __future__ import annotations
 
+from datetime import date
 from typing import TYPE_CHECKING
 
 from marketsync.errors import SchemaError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _I64_MAX = 2**63 - 1
 _FLOATS = (ColumnType.F32, ColumnType.F64)
+_DAY = {ColumnType.DATE: 1, ColumnType.DATETIME: 86_400_000_000}  # what one day counts; 64 bits of ns reach no year 1
+_FIRST_DAY = date.min.toordinal() - date(1970, 1, 1).toordinal()
+_LAST_DAY = date.max.toordinal() - date(1970, 1, 1).toordinal()
 
 
 def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capabilities) -> pl.DataFrame:
@@ -66,23 +70,19 @@ def _nulls(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
 
 
 def _years(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
-    if schema.time is None:
-        return
-    from datetime import date
-
-    physical = frame[schema.time].drop_nulls()
-    if physical.is_empty():
-        return
-    per_day = {ColumnType.DATE: 1, ColumnType.DATETIME: 86_400_000_000, ColumnType.DATETIME_NS: 86_400_000_000_000}
-    day = per_day[schema[schema.time].type]
-    epoch = date(1970, 1, 1).toordinal()
-    physical = physical.to_physical()
-    low, high = int(physical.min()) // day + epoch, int(physical.max()) // day + epoch  # pyright: ignore[reportArgumentType]
-    if low < date.min.toordinal() or high > date.max.toordinal():
-        raise SchemaError(
-            f"time column {schema.time!r} of a frame for {dataset} has values outside the years 1 to 9999; "
-            "check the unit the definition gives it (s, ms, us, ns)"
-        )
+    for column in schema.columns:
+        if column.type not in _DAY:
+            continue
+        counted = frame[column.name].to_physical()
+        low, high = counted.min(), counted.max()
+        if low is None or high is None:
+            continue
+        day = _DAY[column.type]
+        if int(low) // day < _FIRST_DAY or int(high) // day > _LAST_DAY:  # pyright: ignore[reportArgumentType]
+            raise SchemaError(
+                f"column {column.name!r} of a frame for {dataset} has times outside of the years 1 to 9999; "
+                "check the unit that the definition gives it (s, ms, us, ns)"
+            )
 
 
 def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capabilities) -> None:

@@ -167,6 +167,17 @@ def test_an_added_column_is_null_in_old_rows_and_kept_in_new_ones(store: Store, 
     assert store.count(dataset) == 176
 
 
+def test_columns_that_change_places_in_the_definition_keep_their_values(store: Store, dataset: str):
+    filled(store, dataset)
+    turned = Schema(tuple(reversed(BARS.columns)), BARS.key, "ts", "symbol", Period.MONTH)
+    store.ensure(dataset, turned)
+    store.write(batch(dataset, bars(first=48, rows=2), 2, schema=turned))
+    found = rows_of(store, dataset)
+    assert found.columns == turned.names
+    wanted = pl.concat([bars(), bars(first=48, rows=2)]).select(turned.names)
+    assert_frame_equal(found, wanted.sort(BY_KEY))
+
+
 def test_a_batch_made_before_a_column_was_added_leaves_that_column_alone(store: Store, dataset: str):
     needs(store, evolve=True)
     store.ensure(dataset, BARS)

@@ -1,0 +1,694 @@
+"""CSV files in a folder: `csv://./folder`, one file per subject in `<folder>/<provider>/<dataset>/`, sorted by time.
+
+A file has a header; times are ISO 8601 in UTC, numbers have as many digits as it takes to read the same number back,
+NaN and infinities are `NaN`, `inf`, `-inf`; nothing between two commas is null and `""` is the empty string. A subject
+of capitals, digits, `.`, `_` and `-` names its file; any other has a hash in its name, so that no two share a file
+where case does not count. A table without subjects is one file.
+
+`_schema.json` beside the files is the table for us: schema, marker, lanes, and of each file its length and its last
+bytes' checksum. New rows at the end are appended, and what is longer than recorded was never committed; any other
+change writes the file anew. Which files a write exchanges stands in `_journal.json` until it is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
+from storage import classify, evolution, filters, gate, lazyframes, location, locks
+from storage.files import sync, write_whole
+from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+CAPABILITIES = Capabilities(
+    atomic=False,
+    transactions=False,
+    nanoseconds=True,
+    nan=True,
+    unsigned_64=True,
+    evolve=True,
+    writers=Writers.MANY_PROCESSES,
+    why="atomic: a batch for several subjects changes several files one after the other, and a reader may see some of "
+    "them changed, though never half a row; use delta:// when others read while we write. "
+    "transactions: a batch is one step, several batches are not; use delta:// for that.",
+)
+
+_TABLE = "_schema.json"
+_JOURNAL = "_journal.json"
+_LOCK = "_lock"
+_NEW = "_new"
+_TAIL_BYTES = 256
+_FILE = "__file"
+_PLAIN = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,99}(?<!\.)")
+_DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file as it was committed: `tail` is the CRC-32 of its last bytes, `since` and `last` are times in ISO."""
+
+    subject: str | None
+    size: int
+    rows: int
+    since: str | None
+    last: str | None
+    tail: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """One table as `_schema.json` has it."""
+
+    version: int
+    marker: str
+    schema: Schema
+    lanes: Mapping[str, int]
+    files: Mapping[str, _Entry]
+
+
+@dataclass
+class _Change:
+    """Rows to put into files, and keys of rows to take out of files first."""
+
+    put: dict[str, tuple[str | None, pl.DataFrame]] = field(default_factory=dict)
+    out: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+
+class CsvStore:
+    """A folder of CSV tables. Safe for several threads and several processes; writers take turns per table."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url: str, name: str):
+        self.url = url
+        self.name = name
+        self._root = location.folder(url)
+        self._held: dict[str, tuple[_State, bytes]] = {}
+
+    # the table: creation, identity, shape
+
+    def ensure(self, dataset: str, schema: Schema) -> str:
+        evolution.check(dataset, schema)
+        state = self._open(dataset)
+        if state is None or state.schema != schema:
+            folder = self._folder(dataset)
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(dataset):
+                state = self._open(dataset, locked=True)
+                if state is None:
+                    if (foreign := next(folder.glob("*.csv"), None)) is not None:
+                        raise StoreError(
+                            f"{foreign} is in the way of the CSV table of {dataset}: no table of ours lists it; "
+                            f"move {folder} elsewhere"
+                        )
+                    (folder / _NEW).mkdir(exist_ok=True)
+                    state = _State(0, uuid.uuid4().hex, schema, {}, {})
+                    write_whole(folder / _TABLE, _to_json(state))
+                    for level in (folder, folder.parent, self._root, self._root.parent):
+                        sync(level)
+                elif state.schema != schema:
+                    evolution.added(dataset, state.schema, schema)
+                    # the header is in every file, so other columns, or another order of them, is every file anew
+                    again = state.files if schema.names != state.schema.names else {}
+                    whole = {name: (entry.subject, None) for name, entry in again.items()}
+                    state = self._exchange(dataset, state, replace(state, schema=schema), whole)
+        return state.marker
+
+    def marker(self, dataset: str) -> str | None:
+        state = self._open(dataset)
+        return None if state is None else state.marker
+
+    def schema(self, dataset: str) -> Schema | None:
+        state = self._open(dataset)
+        return None if state is None else state.schema
+
+    # writing
+
+    def committed(self, dataset: str, lane: str) -> int:
+        state = self._open(dataset)
+        return 0 if state is None else state.lanes.get(lane, 0)
+
+    def write(self, batch: Batch) -> Written:
+        dataset = batch.dataset
+
+        def decide(state: _State) -> tuple[_Change | None, Written]:
+            if state.lanes.get(batch.lane, 0) >= batch.seq:
+                return None, Written(already=True)
+            frame = gate.admit(dataset, batch.frame, batch.schema, self.capabilities)
+            frame, absent = evolution.fit(dataset, frame, batch.schema, state.schema)
+            if batch.mode is Mode.APPEND:
+                return _Change(_by_file(dataset, frame, state.schema)), Written(inserted=frame.height)
+            split = classify.split(
+                frame, self._with_keys(dataset, state, frame), state.schema, absent=absent, tag=_FILE
+            )
+            written = Written(split.new.height, split.changed.height, split.equal)
+            return _change(dataset, state.schema, split, {tag: split.changed for tag in split.tags}), written
+
+        return self._commit(dataset, decide, lane=batch.lane, seq=batch.seq)
+
+    def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
+        import polars as pl
+
+        def decide(state: _State) -> tuple[_Change | None, Written]:
+            put = gate.admit(dataset, frame, schema, self.capabilities)
+            put, absent = evolution.fit(dataset, put, schema, state.schema)
+            inside = filters.expression(dataset, span, state.schema)
+            if inside is not None and (outside := put.filter(~inside).height):
+                raise SchemaError(
+                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
+                )
+            split = classify.split(put, self._with_keys(dataset, state, put), state.schema, absent=absent, tag=_FILE)
+            key = list(state.schema.key)
+            gone = self._found(dataset, state, span).select(*key, _FILE).join(put, on=key, how="anti")
+            written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
+            if not (split.new.height or split.changed.height or gone.height):
+                return None, written
+            out = pl.concat([split.changed.select(key), gone.select(key)])
+            files = {*split.tags, *gone[_FILE].unique()}
+            return _change(dataset, state.schema, split, dict.fromkeys(files, out)), written
+
+        return self._commit(dataset, decide)
+
+    # reading
+
+    def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
+        import polars as pl
+        from polars.io.plugins import register_io_source
+
+        state = self._table(dataset)
+        names = filters.columns(dataset, filter, state.schema)
+        types = state.schema.polars(system=True)
+        condition = filters.expression(dataset, filter, state.schema)
+        files = self._within(dataset, state, filter)
+
+        def rows(
+            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
+        ) -> Iterator[pl.DataFrame]:
+            # a file is read when its turn comes, as it is committed then
+            left = limit
+            for name in files:
+                frame = self._rows(dataset, name, state.schema)
+                if condition is not None:
+                    frame = frame.filter(condition)
+                if predicate is not None:
+                    frame = frame.filter(predicate)
+                frame = frame.select(columns) if columns is not None else frame
+                if left is not None:
+                    frame = frame.head(left)
+                    left -= frame.height
+                yield frame
+                if left == 0:
+                    return
+
+        return register_io_source(rows, schema=pl.Schema(types)).select(names)
+
+    def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
+        return lazyframes.arrow(self.scan(dataset, filter))
+
+    def watermarks(self, dataset: str) -> dict[str, datetime | date]:
+        state = self._table(dataset)
+        if state.schema.time is None:
+            return lazyframes.watermarks(self.scan(dataset), dataset, state.schema)
+        newest: dict[str, datetime | date] = {}
+        for entry in state.files.values():
+            if entry.last is not None:
+                newest[lazyframes.EVERY_SUBJECT if entry.subject is None else entry.subject] = _moment(
+                    entry.last, state.schema
+                )
+        return newest
+
+    def count(self, dataset: str, filter: Filter = Filter()) -> int:
+        if filter.subjects is None and filter.since is None and filter.until is None:
+            return sum(entry.rows for entry in self._table(dataset).files.values())
+        return lazyframes.count(self.scan(dataset, filter))
+
+    # the rest
+
+    def delete(self, dataset: str, filter: Filter) -> int:
+        def decide(state: _State) -> tuple[_Change | None, Written]:
+            gone = self._found(dataset, state, filter).select(*state.schema.key, _FILE)
+            if gone.is_empty():
+                return None, Written()
+            return _Change(out=dict.fromkeys(gone[_FILE].unique(), gone)), Written(deleted=gone.height)
+
+        return self._commit(dataset, decide).deleted
+
+    def datasets(self) -> list[str]:
+        return sorted(f"{path.parent.parent.name}.{path.parent.name}" for path in self._root.glob(f"*/*/{_TABLE}"))
+
+    def info(self, dataset: str) -> TableInfo:
+        state = self._table(dataset)
+        return TableInfo(
+            dataset,
+            rows=sum(entry.rows for entry in state.files.values()),
+            bytes=sum(entry.size for entry in state.files.values()),
+            files=len(state.files),
+            commits=state.version + 1,
+            location=str(self._folder(dataset)),
+        )
+
+    def query(self, sql: str) -> pl.DataFrame:
+        return lazyframes.query(sql, self.datasets(), self.scan)
+
+    def maintain(self, dataset: str) -> str:
+        with self._locked(dataset):
+            state = self._table(dataset, locked=True)
+            cut = sum(_cut(self._folder(dataset) / name, entry) for name, entry in state.files.items())
+        return f"{dataset}: {len(state.files)} files looked at, {cut} bytes of writes that never ended cut off"
+
+    def close(self) -> None:
+        self._held.clear()
+
+    # how it is done
+
+    def _folder(self, dataset: str) -> Path:
+        return self._root.joinpath(*location.split(dataset))
+
+    def _locked(self, dataset: str):
+        return locks.exclusive(self._folder(dataset) / _LOCK, f"the CSV table of {dataset}")
+
+    def _open(self, dataset: str, *, locked: bool = False) -> _State | None:
+        """Return the table as it is, or None when there is none; finishes what a writer that died left half done."""
+        folder = self._folder(dataset)
+        if locked:
+            self._finish(dataset)
+        elif (folder / _JOURNAL).exists():
+            try:
+                with locks.exclusive(folder / _LOCK, f"the CSV table of {dataset}", wait_seconds=0):
+                    self._finish(dataset)
+            except StoreBusy:
+                pass  # its writer lives and will finish
+        path = folder / _TABLE
+        try:
+            # compared whole: within one tick of the clock, time, size and even inode of two states can be the same
+            text = path.read_bytes()
+            held = self._held.get(dataset)
+            if held is None or held[1] != text:
+                first = held is None
+                held = self._held[dataset] = (_from_json(text), text)
+                if first:
+                    self._cut_all(dataset, held[0], locked=locked)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; restore it, or drop the table") from error
+        return held[0]
+
+    def _cut_all(self, dataset: str, state: _State, *, locked: bool) -> None:
+        """Cut off, once per opening, what a writer that died left at the end of files, for other tools' sake."""
+        folder = self._folder(dataset)
+        if locked:
+            for name, entry in state.files.items():
+                _cut(folder / name, entry)
+        elif any(_size(folder / name) > entry.size for name, entry in state.files.items()):
+            try:
+                with locks.exclusive(folder / _LOCK, f"the CSV table of {dataset}", wait_seconds=0):
+                    current = _from_json((folder / _TABLE).read_bytes())
+                    if current.version == state.version:
+                        self._cut_all(dataset, current, locked=True)
+            except StoreBusy:
+                pass  # it is being written
+
+    def _table(self, dataset: str, *, locked: bool = False) -> _State:
+        state = self._open(dataset, locked=locked)
+        if state is None:
+            raise StoreError(f"there is no CSV table of {dataset} in {self._folder(dataset)}; call ensure first")
+        return state
+
+    def _rows(self, dataset: str, name: str, schema: Schema) -> pl.DataFrame:
+        """Return the rows of one file as it is committed now; none when the table does not have it any more."""
+        path = self._folder(dataset) / name
+        for _ in range(2):
+            entry = self._table(dataset).files.get(name)
+            if entry is None:
+                return _empty(schema)
+            content = _content(path, entry)
+            if content is not None:
+                return _decoded(content, schema, path)
+        # between our look at the table and at the file a writer exchanged the file: let it end
+        with self._locked(dataset):
+            state = self._table(dataset, locked=True)
+            return self._own_rows(dataset, state, name) if name in state.files else _empty(schema)
+
+    def _own_rows(self, dataset: str, state: _State, name: str) -> pl.DataFrame:
+        """Return the rows of one file of the table, for who holds the lock."""
+        path = self._folder(dataset) / name
+        content = _content(path, state.files[name])
+        if content is None:
+            raise _foreign(path)
+        return _decoded(content, state.schema, path)
+
+    def _within(self, dataset: str, state: _State, filter: Filter) -> list[str]:
+        """Return the files that can hold a row of the filter."""
+        since, until = filters.bounds(dataset, filter, state.schema)
+        subjects = filters.subjects(dataset, filter, state.schema)
+        wanted = None if subjects is None else set(subjects)
+        return [
+            name
+            for name, entry in state.files.items()
+            if (wanted is None or entry.subject in wanted) and _meets(since, until, entry, state.schema)
+        ]
+
+    def _found(self, dataset: str, state: _State, filter: Filter) -> pl.DataFrame:
+        """Return the rows of the filter, with the name of each row's file."""
+        condition = filters.expression(dataset, filter, state.schema)
+        return self._tagged(dataset, state, self._within(dataset, state, filter), condition)
+
+    def _with_keys(self, dataset: str, state: _State, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return the rows that have a key of the frame, with the name of each row's file."""
+        schema = state.schema
+        names = list(state.files)
+        if schema.subject is not None and schema.subject in schema.key:
+            subjects = set(frame[schema.subject].unique())
+            names = [name for name in names if state.files[name].subject in subjects]
+        if schema.time is not None and schema.time in schema.key and frame.height:
+            low, high = frame[schema.time].min(), frame[schema.time].max()
+            names = [name for name in names if _meets(low, high, state.files[name], schema)]
+        return self._tagged(dataset, state, names, None, frame)
+
+    def _tagged(
+        self,
+        dataset: str,
+        state: _State,
+        names: list[str],
+        condition: pl.Expr | None,
+        keys: pl.DataFrame | None = None,
+    ) -> pl.DataFrame:
+        import polars as pl
+
+        found = [_empty(state.schema).with_columns(pl.lit("").alias(_FILE))]
+        for name in names:
+            rows = self._own_rows(dataset, state, name)
+            if condition is not None:
+                rows = rows.filter(condition)
+            if keys is not None:
+                rows = rows.join(keys, on=list(state.schema.key), how="semi")
+            found.append(rows.with_columns(pl.lit(name).alias(_FILE)))
+        return pl.concat(found)
+
+    def _commit(
+        self,
+        dataset: str,
+        decide: Callable[[_State], tuple[_Change | None, Written]],
+        *,
+        lane: str | None = None,
+        seq: int = 0,
+    ) -> Written:
+        """Take the table's lock, let `decide` say what to do, append or write anew, make it durable."""
+        self._table(dataset)
+        with self._locked(dataset):
+            state = self._table(dataset, locked=True)
+            change, written = decide(state)
+            if change is None:
+                return written
+            after = state if lane is None else replace(state, lanes={**state.lanes, lane: seq})
+            whole: dict[str, tuple[str | None, pl.DataFrame | None]] = {}
+            files = dict(state.files)
+            for name, (subject, rows) in change.put.items():
+                if name not in change.out and _follows(rows, state.files.get(name), state.schema):
+                    files[name] = _appended(self._folder(dataset) / name, files[name], rows, state.schema)
+                else:
+                    whole[name] = (subject, rows)
+            for name in change.out:
+                whole.setdefault(name, (state.files[name].subject, None))
+            self._exchange(dataset, state, replace(after, files=files), whole, change.out)
+        return written
+
+    def _exchange(
+        self,
+        dataset: str,
+        state: _State,
+        after: _State,
+        whole: Mapping[str, tuple[str | None, pl.DataFrame | None]],
+        out: Mapping[str, pl.DataFrame] | None = None,
+    ) -> _State:
+        """Write each file of `whole` anew (its rows, without the keys in `out`, with the rows to put), and commit."""
+        import polars as pl
+
+        folder, key = self._folder(dataset), list(after.schema.key)
+        files, drop, put = dict(after.files), [], []
+        for name, (subject, rows) in whole.items():
+            frames = [] if rows is None else [rows]
+            if name in state.files:
+                old = self._own_rows(dataset, state, name)
+                if out is not None and name in out:
+                    old = old.join(out[name], on=key, how="anti")
+                types = after.schema.polars(system=True)
+                frames.append(
+                    old.select(
+                        pl.col(column) if column in old.columns else pl.lit(None, type_).alias(column)
+                        for column, type_ in types.items()
+                    )
+                )
+            together = pl.concat(frames).sort(_order(after.schema))
+            if together.is_empty():
+                drop.append(name)
+                files.pop(name, None)
+                continue
+            content = _encoded(together, header=True)
+            (folder / _NEW / name).write_bytes(content)
+            sync(folder / _NEW / name)
+            put.append(name)
+            files[name] = _entry(subject, content, len(content), together, after.schema)
+        after = replace(after, version=state.version + 1, files=files)
+        if put or drop:
+            journal = {"put": put, "drop": drop, "table": json.loads(_to_json(after))}
+            write_whole(folder / _JOURNAL, json.dumps(journal, ensure_ascii=False).encode())
+            self._finish(dataset)
+        else:
+            write_whole(folder / _TABLE, _to_json(after))
+        return after
+
+    def _finish(self, dataset: str) -> None:
+        """Do what the journal says, as often as it takes; without a journal, forget files that were never committed."""
+        folder = self._folder(dataset)
+        journal = folder / _JOURNAL
+        if journal.exists():
+            plan = json.loads(journal.read_bytes())
+            for name in plan["put"]:
+                if (folder / _NEW / name).exists():
+                    os.replace(folder / _NEW / name, folder / name)
+            for name in plan["drop"]:
+                (folder / name).unlink(missing_ok=True)
+            sync(folder)
+            write_whole(folder / _TABLE, json.dumps(plan["table"], ensure_ascii=False).encode())
+            journal.unlink()
+        if (folder / _NEW).is_dir():
+            for leftover in (folder / _NEW).iterdir():
+                leftover.unlink()
+
+
+def open_url(url: str, name: str) -> CsvStore:
+    """Return the store of the URL; the folder is made when the first table is."""
+    return CsvStore(url, name)
+
+
+def file_name(dataset: str, subject: str | None) -> str:
+    """Return the name of a subject's file (None: of the only file of a table without subjects)."""
+    if subject is None:
+        return f"{location.split(dataset)[1]}.csv"
+    if _PLAIN.fullmatch(subject) and not _DEVICES.fullmatch(subject):
+        return f"{subject}.csv"
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", subject)[:40].strip("._")
+    return f"{readable}~{hashlib.sha256(subject.encode()).hexdigest()[:16]}.csv"
+
+
+def _by_file(dataset: str, frame: pl.DataFrame, schema: Schema) -> dict[str, tuple[str | None, pl.DataFrame]]:
+    if frame.is_empty():
+        return {}
+    if schema.subject is None:
+        return {file_name(dataset, None): (None, frame)}
+    parts = frame.partition_by(schema.subject, maintain_order=True, as_dict=True)
+    return {_named(dataset, subject): (subject, rows) for (subject,), rows in parts.items()}
+
+
+def _named(dataset: str, subject: object) -> str:
+    return file_name(dataset, "" if subject is None else str(subject))
+
+
+def _change(dataset: str, schema: Schema, split: classify.Split, out: dict[str, pl.DataFrame]) -> _Change:
+    import polars as pl
+
+    return _Change(_by_file(dataset, pl.concat([split.new, split.changed]), schema), out)
+
+
+def _order(schema: Schema) -> list[str]:
+    return list(dict.fromkeys(name for name in (schema.time, *schema.key) if name is not None))
+
+
+def _follows(rows: pl.DataFrame, entry: _Entry | None, schema: Schema) -> bool:
+    """Tell whether all rows are later than the last one of the file, so that they can be appended to it."""
+    if entry is None or schema.time is None or entry.last is None:
+        return False
+    first: Any = rows[schema.time].min()
+    return first is not None and not rows[schema.time].has_nulls() and first > _moment(entry.last, schema)
+
+
+def _appended(path: Path, entry: _Entry, rows: pl.DataFrame, schema: Schema) -> _Entry:
+    """Append the rows to the file, durably; they are committed when the table says that it is so long."""
+    content = _encoded(rows.sort(_order(schema)), header=False)
+    _cut(path, entry)
+    if _size(path) != entry.size:
+        raise _foreign(path)
+    with open(path, "r+b") as file:
+        if not _as_left(file, entry):
+            raise _foreign(path)
+        file.seek(entry.size)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(max(0, entry.size + len(content) - _TAIL_BYTES))
+        tail = file.read()
+    new = _entry(entry.subject, tail, entry.size + len(content), rows, schema)
+    return replace(new, rows=entry.rows + rows.height, since=entry.since)
+
+
+def _entry(subject: str | None, content: bytes | memoryview, size: int, rows: pl.DataFrame, schema: Schema) -> _Entry:
+    ends: list[Any] = [None, None]
+    if schema.time is not None:
+        ends = [_instant(rows[schema.time].min()), _instant(rows[schema.time].max())]
+    return _Entry(subject, size, rows.height, ends[0], ends[1], zlib.crc32(content[-_TAIL_BYTES:]))
+
+
+def _instant(value: Any) -> str | None:
+    return None if value is None else value.isoformat()
+
+
+def _moment(text: str, schema: Schema) -> Any:
+    days = schema.time is not None and schema[schema.time].type is ColumnType.DATE
+    return date.fromisoformat(text) if days else datetime.fromisoformat(text)
+
+
+def _meets(low: Any, high: Any, entry: _Entry, schema: Schema) -> bool:
+    """Tell whether a row of the file can be within [low, high]; None is no bound."""
+    if entry.since is None or entry.last is None:
+        return True
+    since, last = _moment(entry.since, schema), _moment(entry.last, schema)
+    if isinstance(last, datetime):
+        last += timedelta(microseconds=1)  # Python cuts nanoseconds
+    return (low is None or low <= last) and (high is None or since <= high)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _cut(path: Path, entry: _Entry) -> int:
+    """Cut off what was never committed, and return how many bytes; leaves a file alone that is not as we left it."""
+    extra = _size(path) - entry.size
+    if extra <= 0:
+        return 0
+    with open(path, "r+b") as file:
+        if not _as_left(file, entry):
+            return 0
+        file.truncate(entry.size)
+        os.fsync(file.fileno())
+    return extra
+
+
+def _as_left(file: BinaryIO, entry: _Entry) -> bool:
+    """Tell, by the last committed bytes, whether the file is the one that the entry describes."""
+    file.seek(max(0, entry.size - _TAIL_BYTES))
+    tail = file.read(min(entry.size, _TAIL_BYTES))
+    return len(tail) == min(entry.size, _TAIL_BYTES) and zlib.crc32(tail) == entry.tail
+
+
+def _content(path: Path, entry: _Entry) -> bytes | None:
+    """Return the committed bytes of the file; None when the file is another than the entry describes."""
+    try:
+        with open(path, "rb") as file:
+            if not _as_left(file, entry):
+                return None
+            file.seek(0)
+            return file.read(entry.size)
+    except FileNotFoundError:
+        return None
+
+
+def _foreign(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is not as MarketSync left it: another program changed it; restore it, or delete the table's folder "
+        "and let it be filled again"
+    )
+
+
+def _encoded(rows: pl.DataFrame, *, header: bool) -> memoryview:
+    import polars as pl
+
+    texts: dict[pl.DataType, str] = {
+        pl.Datetime("us", "UTC"): "%Y-%m-%dT%H:%M:%S%.6fZ",
+        pl.Datetime("ns", "UTC"): "%Y-%m-%dT%H:%M:%S%.9fZ",
+    }
+    buffer = io.BytesIO()
+    rows.with_columns(
+        pl.col(name).dt.strftime(texts[type_]) for name, type_ in rows.schema.items() if type_ in texts
+    ).write_csv(buffer, include_header=header)
+    return buffer.getbuffer()
+
+
+def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    times = {c.name: c.type for c in schema.columns if c.type in (ColumnType.DATETIME, ColumnType.DATETIME_NS)}
+    times[INGESTED_COLUMN] = ColumnType.DATETIME
+    types = {name: pl.String() if name in times else type_ for name, type_ in schema.polars(system=True).items()}
+    try:
+        rows = pl.read_csv(content, schema_overrides=types, infer_schema=False)
+        return rows.select(list(types)).with_columns(
+            pl.col(name)
+            .str.head(-1)
+            .str.to_datetime(
+                "%Y-%m-%dT%H:%M:%S%.f", time_unit="us" if type_ is ColumnType.DATETIME else "ns", strict=True
+            )
+            .dt.replace_time_zone("UTC")
+            for name, type_ in times.items()
+        )
+    except pl.exceptions.PolarsError as error:
+        raise StoreError(f"{path} cannot be read as the table's schema says: {error}") from error
+
+
+def _empty(schema: Schema) -> pl.DataFrame:
+    import polars as pl
+
+    return pl.DataFrame(schema=schema.polars(system=True))
+
+
+def _to_json(state: _State) -> bytes:
+    return json.dumps(
+        {
+            "version": state.version,
+            "marker": state.marker,
+            "schema": json.loads(evolution.to_text(state.schema)),
+            "lanes": dict(state.lanes),
+            "files": {
+                name: [entry.subject, entry.size, entry.rows, entry.since, entry.last, entry.tail]
+                for name, entry in state.files.items()
+            },
+        },
+        ensure_ascii=False,
+    ).encode()
+
+
+def _from_json(text: bytes) -> _State:
+    data = json.loads(text)
+    schema = evolution.from_text(json.dumps(data["schema"], ensure_ascii=False))
+    files = {name: _Entry(*fields) for name, fields in data["files"].items()}
+    return _State(data["version"], data["marker"], schema, data["lanes"], files)
