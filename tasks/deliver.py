@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CACHE_BYTES = 96 << 20  # sealed frames kept in memory for the delivery; beyond it they are read from the spool
+CACHE_BYTES = 24 << 20  # sealed frames kept in memory for the delivery; beyond it they are read from the spool
 ATTEMPTS = 4
 LINGER_SECONDS = 20.0  # a small batch is delivered when it has waited this long
 
@@ -48,33 +48,45 @@ def deliver_segments(
     segments: Sequence[Segment],
     frames: Sequence[pl.DataFrame | None],
     clock: Clock,
+    *,
+    again: bool = False,
 ) -> Written:
     """Write segments of one lane, in order, to one store in one commit, and acknowledge them in the ledger.
 
-    Raises StoreError when the store cannot take them: they stay owed.
+    With `again`, some of them may be in the store although nobody acknowledged it (a crash, a connection that broke
+    while it committed): those it has are acknowledged only. Raises StoreError when the store cannot take them: they
+    stay owed.
     """
     import polars as pl
 
+    dataset, lane = segments[0].dataset, segments[0].lane
+    there = target.store.committed(dataset, lane) if again else 0
     loaded = []
+    already = 0
     for segment, frame in zip(segments, frames, strict=True):
         if segment.path is None:
             continue
+        if segment.seq <= there:
+            already += segment.rows
+            continue
         rows = spool.read(segment.path) if frame is None else frame
         loaded.append(rows.with_columns(pl.lit(segment.segment_id).alias(SEGMENT_COLUMN)))
-    written = Written()
+    written = Written(unchanged=already)
     if loaded:
         frame = pl.concat(loaded) if len(loaded) > 1 else loaded[0]
         frame = frame.with_columns(pl.lit(clock.now()).cast(pl.Datetime("us", "UTC")).alias(INGESTED_COLUMN))
         rows = frame.height
-        ids = [segment.segment_id for segment in segments]
-        mode = Mode.APPEND if ledger.fresh(target.store_id, segments[0].dataset, ids) else Mode.UPSERT
+        ids = [segment.segment_id for segment in segments if segment.seq > there]
+        # Where rows can become durable without their lane, what was begun before may be there in part.
+        certain = not again or target.store.capabilities.transactions
+        mode = Mode.APPEND if certain and ledger.fresh(target.store_id, dataset, ids) else Mode.UPSERT
         if mode is Mode.UPSERT and len(loaded) > 1:
             frame = frame.unique(subset=list(schema.key), keep="last", maintain_order=True)
-        batch = Batch(segments[0].dataset, schema, segments[0].lane, segments[-1].seq, frame, mode)
+        batch = Batch(dataset, schema, lane, segments[-1].seq, frame, mode)
         written = target.store.write(batch)
         # Rows that a crash let be written before, and rows that a later one of this delivery replaced, are there.
         rest = rows - written.inserted - written.updated - written.unchanged
-        written = Written(written.inserted, written.updated, written.unchanged + rest, written.already)
+        written = Written(written.inserted, written.updated, written.unchanged + rest + already, written.already)
     finished = ledger.delivered(target.store_id, segments, written.inserted, written.updated, written.unchanged)
     if finished:
         spool.remove(finished)
@@ -190,7 +202,14 @@ class Deliverer:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 written = deliver_segments(
-                    self._ledger, self._spool, self._target, self._schema, segments, frames, self._clock
+                    self._ledger,
+                    self._spool,
+                    self._target,
+                    self._schema,
+                    segments,
+                    frames,
+                    self._clock,
+                    again=attempt > 1,
                 )
             except StoreError as error:
                 if attempt < ATTEMPTS:
@@ -258,7 +277,8 @@ def deliver_owed(
             pairs: list[tuple[Segment, None]] = [(segment, None) for segment in segments]
             for batch in _batches(pairs, batch_rows):
                 chosen = [segment for segment, _ in batch]
-                written = deliver_segments(ledger, spool, target, schema, chosen, [None] * len(chosen), clock)
+                frames = [None] * len(chosen)
+                written = deliver_segments(ledger, spool, target, schema, chosen, frames, clock, again=True)
                 tally.wrote(target.store_id, written)
                 delivered += sum(segment.rows for segment in chosen)
         finally:
