@@ -1144,6 +1144,21 @@ class Ledger:
                 )
             )
 
+    def finished_files(self, host: str) -> list[str]:
+        """Return the paths of segment files of this host that every store has and nobody noted as removed."""
+        busy = sa.select(_delivery.c.segment_id).where(_delivery.c.state == "owed")
+        with self._read() as connection:
+            return list(
+                connection.scalars(
+                    sa.select(_segment.c.path).where(
+                        _segment.c.host == host,
+                        _segment.c.removed.is_(False),
+                        _segment.c.path.is_not(None),
+                        _segment.c.segment_id.not_in(busy),
+                    )
+                )
+            )
+
     def abandon_deliveries(self, store_id: str, dataset: str) -> list[str]:
         """Forget what a store still has to get (it left the plan); return paths of files nobody waits for."""
         with self._write() as connection:

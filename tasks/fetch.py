@@ -158,6 +158,9 @@ class Fetcher:
         scope = self._scope
         result = Fetched(scope.dataset, started=self._clock.now())
         with ExitStack() as stack:
+            holds: list[str] = []
+            # Called when the deliverers have ended: until then nobody else may deliver what is in the lane.
+            stack.callback(lambda: [self._watch.release(hold) for hold in holds])
             deliverers = [
                 stack.enter_context(
                     Deliverer(
@@ -200,8 +203,8 @@ class Fetcher:
                     threaded=self._threaded,
                 )
             )
-            self._watch.keep(f"lane:{writer.lane}")
-            stack.callback(self._watch.release, f"lane:{writer.lane}")
+            holds.append(f"lane:{writer.lane}")
+            self._watch.keep(holds[0])
             while True:
                 self._round(source, writer)
                 source.give_back()

@@ -164,6 +164,11 @@ def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fe
 
 
 def sweep(config: str) -> int:
-    """Remove segment files that no ledger row speaks of (a crash between the two); return how many."""
+    """Remove segment files that no ledger row speaks of, or that every store has (a crash between the two); return
+    how many."""
     workspace = open_workspace(config)
-    return workspace.spool.sweep(workspace.ledger.spool_files(workspace.host))
+    finished = workspace.ledger.finished_files(workspace.host)
+    if finished:
+        workspace.spool.remove(finished)
+        workspace.ledger.removed(finished)
+    return len(finished) + workspace.spool.sweep(workspace.ledger.spool_files(workspace.host))
