@@ -210,7 +210,8 @@ def _may_repeat(frame: pl.DataFrame, schema: Schema) -> bool:
             return not (up.all() or down.all())
         subject = frame[others[0]]
         changed = subject.slice(1) != subject.slice(0, subject.len() - 1)
-        if (up | changed).all() or (down | changed).all():
+        # sorting the runs costs more than hashing the rows where runs are short (a session's rows, share by share)
+        if changed.sum() * 8 < frame.height and ((up | changed).all() or (down | changed).all()):
             return _runs_meet(subject, times, changed)
     return bool(frame.select(pl.struct(schema.key).is_duplicated().any()).item())
 

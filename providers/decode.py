@@ -708,10 +708,8 @@ class Decoder:
     def _fast_csv(self, body: bytes, names: Sequence[str]) -> pl.DataFrame | None:
         """Parse outside Python; None where polars would take a blank or short line for a row of nulls, or a number
         for a nearby one."""
-        if b"\n\n" in body or b"\n\r\n" in body:
+        if body.endswith((b"\n\n", b"\n\r\n")):
             body = body.rstrip(b"\r\n")
-            if b"\n\n" in body or b"\n\r\n" in body:
-                return None
         wanted = {column.raw: column for column in self._fields}
         schema: dict[str, pl.DataType] = {}
         for at, name in enumerate(names):
@@ -729,7 +727,7 @@ class Decoder:
             )
         except (pl.exceptions.PolarsError, ValueError):
             return None
-        if frame[f"c{last}"].null_count():  # perhaps the row ends early
+        if frame[f"c{last}"].null_count():  # perhaps a line is blank, or ends early
             return None
         columns = []
         for column in self._fields:

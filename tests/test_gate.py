@@ -122,6 +122,21 @@ def test_distinct_keys_lose_nothing_in_any_order(rows: list) -> None:
     assert seal(BARS, [batch(*((symbol, at(day), 1.0, 1.0) for symbol, day in rows))]).duplicates == 0
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_keys_are_compared_between_the_pages_of_chains_that_lie_in_turn(repeated: bool, newest_first: bool) -> None:
+    def page(symbol: str, first: int) -> Batch:
+        hours = range(first, first + 20)
+        moments = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(hours=hour) for hour in hours]
+        rows = [(symbol, f"{moment:%Y-%m-%dT%H:%M:%SZ}", 1.0, 1.0) for moment in moments]
+        return batch(*(rows[::-1] if newest_first else rows))
+
+    second = 19 if repeated else 20
+    gated = seal(BARS, [page("A", 0), page("B", 0), page("A", 40), page("B", 20), page("A", second)])
+    assert gated.duplicates == (1 if repeated else 0)
+    adds_up(gated)
+
+
 def test_the_window_of_each_page_holds_for_its_own_rows_only() -> None:
     first = batch(("A", at(2), 1.0, 1.0), start=datetime(2024, 1, 2, tzinfo=UTC), end=datetime(2024, 1, 3, tzinfo=UTC))
     second = batch(
@@ -131,7 +146,7 @@ def test_the_window_of_each_page_holds_for_its_own_rows_only() -> None:
         end=datetime(2024, 1, 4, tzinfo=UTC),
     )
     gated = seal(BARS, [first, second])
-    assert gated.kept == 2
+    assert gated.frame["ts"].to_list() == [datetime(2024, 1, 2, tzinfo=UTC), datetime(2024, 1, 3, tzinfo=UTC)]
     assert gated.rejected["reason"].to_list() == [OUTSIDE]
 
 

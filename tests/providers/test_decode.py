@@ -159,6 +159,12 @@ def test_the_rows_are_found_whatever_else_looks_like_them(body: str) -> None:
     assert rows_of(NUMBERS, body) == [("a", None, 1)]
 
 
+def test_rows_elsewhere_are_not_taken_for_the_rows() -> None:
+    assert read(NUMBERS, '{"inner": {"rows": [{"k": "z", "n": 9}]}, "rows": null}').fetched == 0
+    with pytest.raises(Unexpected, match="no 'rows'"):
+        read(NUMBERS, '{"inner": {"rows": [{"k": "z", "n": 9}]}}')
+
+
 def test_null_for_the_rows_is_nothing_and_no_rows_at_all_is_an_error_with_its_remedy() -> None:
     assert read(NUMBERS, '{"rows": null}').fetched == 0
     assert read(NUMBERS, '{"rows": []}').fetched == 0
@@ -342,6 +348,18 @@ def test_blank_lines_are_no_rows_and_short_or_long_lines_are_set_aside() -> None
     gated = read(PRICES, "code,day,px\na,20240102,1\n\nb,20240102\nc,20240102,1,2\nd,20240102,\n\n")
     assert gated.frame.rows() == [("a", date(2024, 1, 2), 1.0), ("d", date(2024, 1, 2), None)]
     assert gated.rejected["reason"].to_list() == ["has 2 values where 3 are named", "has 4 values where 3 are named"]
+
+
+def test_a_line_that_ends_early_alone_is_set_aside_and_not_filled_up_with_nulls() -> None:
+    gated = read(PRICES, "code,day,px\na,20240102,1\nb,20240102\n")
+    assert gated.frame["code"].to_list() == ["a"]
+    assert gated.rejected["reason"].to_list() == ["has 2 values where 3 are named"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_blank_line_alone_is_no_row(end: str) -> None:
+    gated = read(PRICES, end.join(["code,day,px", "a,20240102,1", "", "b,20240102,1", "", ""]))
+    assert (gated.fetched, gated.kept) == (2, 2)
 
 
 def test_csv_whole_numbers_beyond_a_float_are_exact() -> None:

@@ -206,6 +206,16 @@ def test_credentials_go_into_headers_query_and_body_and_not_into_the_label(secre
     assert "AAPL,BRK.B" in request.label
 
 
+def test_a_secret_in_the_path_or_a_parameter_is_not_in_the_label(secrets: Secrets) -> None:
+    spec = definition(
+        {"request": {"path": "/$secret.KEY/x", "query": {"k": "$secret.PW"}, "json": {"p": "$secret.KEY"}}}
+    )
+    request = build(spec, ask(), None, secrets)
+    assert SECRETS["KEY"] in request.url
+    assert SECRETS["KEY"] not in request.label
+    assert "pass" not in request.label
+
+
 def test_basic_and_bearer(secrets: Secrets) -> None:
     spec = definition(BARS, auth={"basic": {"user": "$secret.USER", "password": "$secret.PW"}})
     header = build(spec, ask(), None, secrets).headers["Authorization"]
@@ -286,6 +296,7 @@ def test_a_next_url_is_taken_whole_and_gets_the_key_again(secrets: Secrets) -> N
         ("https://api.example.com:443/x", True),
         ("https://api.example.com:8443/x", False),
         ("http://api.example.com/x", False),
+        ("http://api.example.com:443/x", False),
         ("https://api.example.com.evil.net/x", False),
         ("https://api.example.com@evil.net/x", False),
         ("https://api.example.com:no/x", False),
