@@ -54,8 +54,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
-        where = f"{place}: {self.field}" if self.field else place
-        return f"{where}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")
+        text = ": ".join(part for part in (place, self.field, self.message) if part)
+        return text + (f" ({self.remedy})" if self.remedy else "")
 
 
 class ConfigurationError(MarketSyncError):
