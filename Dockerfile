@@ -10,7 +10,7 @@ COPY requirements requirements
 COPY scripts scripts
 # the lock by itself: this layer stays until a pin changes
 RUN python scripts/environment.py --no-project all
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml prefect.yaml LICENSE ./
 COPY marketsync marketsync
 COPY providers providers
 COPY storage storage

@@ -16,7 +16,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-all check format bench docs docs-serve server worker lock clean
+.PHONY: help quickstart install test test-all check format bench docs docs-serve server worker deploy lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,10 +72,14 @@ server: env-all ## a Prefect server at http://127.0.0.1:4200
 	@mkdir -p $(PREFECT_HOME)
 	$(BIN)/prefect server start --host 127.0.0.1 --port 4200
 
-worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+worker deploy: export MARKETSYNC_HOME ?= $(CURDIR)
+worker deploy: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
 worker: env-all ## a Prefect worker for the pool marketsync of that server
 	@mkdir -p $(PREFECT_HOME)
 	$(BIN)/prefect worker start --pool marketsync --type process
+
+deploy: env-all ## put the deployments of prefect.yaml on that server
+	scripts/deploy.sh
 
 lock: env-quickstart ## resolve requirements/*.txt again (UPGRADE=1 takes newer versions)
 	UPGRADE=$(UPGRADE) scripts/lock.sh

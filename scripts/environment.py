@@ -97,7 +97,7 @@ def refresh(venv: Path, asked: str, *, project: bool) -> None:
     python = create(venv)
     if {**have, **locked} != have:
         stamp.unlink(missing_ok=True)
-        print(f"Installing requirements/{lock.name} into {venv.name} ...", file=sys.stderr)
+        print(f"Installing requirements/{lock.name} into {os.path.relpath(venv)} ...", file=sys.stderr)
         install(python, venv, lock)
         stamp.write_text(json.dumps({**locked, "project": None}))
     if project:
