@@ -356,6 +356,12 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
                     f"`marketsync sync {plan} --refetch` fills them",
                 )
             )
+        if outcome.prepared is not None and outcome.prepared.copied:
+            message = f"{outcome.prepared.copied:,} rows copied from a sibling store, at no request"
+            remarks.append(Remark(kind="copied", dataset=outcome.dataset, message=message))
+        if outcome.prepared is not None and outcome.prepared.drained:
+            message = f"{outcome.prepared.drained:,} rows delivered that an earlier run had left in the spool"
+            remarks.append(Remark(kind="drained", dataset=outcome.dataset, message=message))
         if outcome.prepared is not None and outcome.prepared.void:
             remarks.append(
                 Remark(
