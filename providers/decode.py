@@ -56,19 +56,31 @@ class Unexpected(ProviderError):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An answer whose rows are not read yet.
+class Piece:
+    """The rows of one packed member (or of the whole body): their bytes, and the document around them.
 
-    `document` is the JSON body with `UNREAD` for its rows (None for CSV, or when the body is the rows); `parts` hold
-    the rows' bytes, one per packed member; `found` tells whether the path to the rows exists (with null it does);
-    `guessed` tells that the parts were cut out by position, which reading them must confirm.
+    `frame` holds them already where parsing them was the proof that they were cut out rightly; `tried` tells that the
+    fast readers have refused these bytes.
+    """
+
+    part: bytes
+    document: Any = None
+    frame: pl.DataFrame | None = None
+    tried: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An answer whose rows are not judged yet.
+
+    `document` is the JSON body with `UNREAD` for its rows (None for CSV, or when the body is the rows); `found` tells
+    whether the path to the rows exists (with null it does).
     """
 
     document: Any
-    parts: tuple[bytes, ...]
+    pieces: tuple[Piece, ...]
     found: bool
     body: bytes
-    guessed: bool = False
 
 
 class _Unread:
@@ -220,32 +232,28 @@ class Decoder:
             self._kinds = {name: _Kind.TEXT if k is _Kind.TRUTH else k for name, k in self._kinds.items()}
         self._compiled: dict[Any, Any] = {}
         self._headers: dict[bytes, tuple[str, ...]] = {}
+        self._guesses = True
 
     # -- opening
 
     def open(self, body: bytes) -> Opened:
-        """Unpack, and part the rows from the rest of the body, without reading them."""
+        """Unpack, and part the rows from the rest of the body, so that rules can judge it."""
         members = [self._as_utf8(member) for member in unpack(body, self._response.unpack)]
         if self._response.format is Format.CSV:
             first = members[0].lstrip()[:1] if members else b""
             if first in (b"{", b"["):  # providers answer a CSV question with a JSON error
                 try:
-                    return Opened(msgspec.json.decode(members[0]), tuple(members), False, members[0])
+                    return Opened(msgspec.json.decode(members[0]), (), False, members[0])
                 except msgspec.DecodeError:
                     pass
-            return Opened(None, tuple(members), True, members[0] if members else b"")
+            return Opened(None, tuple(map(Piece, members)), True, members[0] if members else b"")
         opened = [self._open_json(member) for member in members]
         if len(opened) == 1:
             return opened[0]
         if not opened:
             return Opened(None, (), True, b"")
-        return Opened(
-            opened[0].document,
-            tuple(part for one in opened for part in one.parts),
-            all(one.found for one in opened),
-            opened[0].body,
-            any(one.guessed for one in opened),
-        )
+        pieces = tuple(chain.from_iterable(one.pieces for one in opened))
+        return Opened(opened[0].document, pieces, all(one.found for one in opened), opened[0].body)
 
     def _as_utf8(self, body: bytes) -> bytes:
         if self._response.encoding != "utf-8":
@@ -255,22 +263,27 @@ class Decoder:
                 raise Malformed(f"the answer is not {self._response.encoding} text: {error}") from error
         return body[3:] if body.startswith(b"\xef\xbb\xbf") else body
 
-    def _open_json(self, body: bytes, exact: bool = False) -> Opened:
+    def _open_json(self, body: bytes) -> Opened:
         if not body.strip():
             raise Malformed("the answer is empty where JSON is expected")
         if self._shape is Shape.COLUMNS:
             document = _decode(body)
             rows = walk(document, ".".join(self._path))
-            return Opened(document, () if rows is None else (body,), rows is not None or not self._path, body)
+            pieces = () if rows is None else (Piece(body, document),)
+            return Opened(document, pieces, rows is not None or not self._path, body)
         opener = b"{" if self._shape is Shape.KEYED else b"["
         if not self._path:
             return _open_whole(body, opener)
-        if not exact:
-            cut = _cut_by_position(body, self._path, opener)
-            if cut is not None:
-                return Opened(cut[0], (cut[1],), True, body, guessed=True)
+        guess = _cut_by_position(body, self._path, opener)
+        if guess is not None:
+            document, part = guess
+            frame = self._quick(part, document)
+            if frame is not None:
+                return Opened(document, (Piece(part, document, frame),), True, body)
         document, rows, found = _cut_exactly(body, self._path)
-        return Opened(document, (rows,) if rows is not None else (), found, body)
+        if rows is None:
+            return Opened(document, (), found, body)
+        return Opened(document, (Piece(rows, document, None, guess is not None and guess[1] == rows),), found, body)
 
     # -- reading
 
@@ -297,7 +310,7 @@ class Decoder:
         if self._response.format is Format.CSV:
             if opened.document is not None:
                 raise Unexpected(f"the answer is JSON where CSV is expected: {_shown(opened.body)}")
-            return _joined([self._read_csv(part) for part in opened.parts])
+            return _joined([self._read_csv(piece.part) for piece in opened.pieces])
         if not opened.found and len(self._path) > 1 and walk(opened.document, ".".join(self._path[:-1])) == {}:
             return self.nothing()  # {"corporate_actions": {}} has none of any kind
         if not opened.found:
@@ -307,41 +320,58 @@ class Decoder:
                 "nothing, say so with a rule: {when: {path: {" + path + ": null}}, then: empty}"
             )
         if self._shape is Shape.COLUMNS:
-            return _joined([self._read_columns(_decode(part)) for part in opened.parts])
-        readers = {Shape.RECORDS: self._read_records, Shape.KEYED: self._read_keyed}
-        try:
-            if self._shape in readers:
-                return _joined([readers[self._shape](part) for part in opened.parts])
-            names = self._names(opened.document)
-            return _joined([self._read_arrays(part, names) for part in opened.parts])
-        except Malformed:
-            if not opened.guessed:
-                raise
-            # the cut was a guess and this part did not confirm it
-            return self._read(self._open_json(opened.body, exact=True))
+            return _joined([self._read_columns(piece.document) for piece in opened.pieces])
+        return _joined([self._read_piece(piece) for piece in opened.pieces])
 
-    def _names(self, document: Any) -> tuple[str, ...]:
+    def _read_piece(self, piece: Piece) -> Batch:
+        part, document = piece.part, piece.document
+        _expect(part, b"{" if self._shape is Shape.KEYED else b"[", ".".join(self._path))
+        positional = self._shape in (Shape.TABLE, Shape.ARRAYS)
+        names = self._checked_names(document) if positional else ()
+        frame = piece.frame
+        if frame is None and not piece.tried:
+            frame = self._quick(part, document)
+        if frame is not None:
+            absent = self._unnamed(names) if positional else self._absent(frame, part)
+            return Batch(frame, frame.height, absent=absent)
+        if positional:
+            return self._slow_arrays(_decode(part), names, None)
+        return self._slow_keyed(part) if self._shape is Shape.KEYED else self._slow_rows(_decode(part), None, part)
+
+    def _quick(self, part: bytes, document: Any) -> pl.DataFrame | None:
+        """Read rows without looking at each; None where that is not exact, or these are no rows.
+
+        A frame proves that the bytes are one whole JSON value: every reader here reads to the end.
+        """
+        if self._shape is Shape.RECORDS:
+            frame = self._fast_records(part)
+            return self._strict_records(part) if frame is None else frame
+        if self._shape is Shape.KEYED:
+            return self._quick_keyed(part)
+        names = self._names(document)
+        return None if names is None else self._strict_arrays(part, names)
+
+    def _names(self, document: Any) -> tuple[str, ...] | None:
         if self._shape is Shape.ARRAYS:
-            return self._response.names or ()
+            return self._response.names
         names = walk(document, self._response.columns or "")
         if not isinstance(names, list):
+            return None
+        return tuple(str(name.get("name")) if isinstance(name, dict) else str(name) for name in names)
+
+    def _checked_names(self, document: Any) -> tuple[str, ...]:
+        names = self._names(document)
+        if names is None:
             raise Unexpected(f"the answer holds no list of names at {self._response.columns!r}")
-        plain = tuple(str(name.get("name")) if isinstance(name, dict) else str(name) for name in names)
-        missing = [column.raw for column in self._fields if column.needed and column.raw not in plain]
+        missing = [column.raw for column in self._fields if column.needed and column.raw not in names]
         if missing:
-            raise Unexpected(f"the answer has no column {', '.join(missing)}; it has {', '.join(plain)}")
-        return plain
+            raise Unexpected(f"the answer has no column {', '.join(missing)}; it has {', '.join(names)}")
+        return names
+
+    def _unnamed(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(column.name for column in self._fields if column.raw not in names)
 
     # -- records
-
-    def _read_records(self, part: bytes) -> Batch:
-        _expect(part, b"[", ".".join(self._path))
-        frame = self._fast_records(part)
-        if frame is None:
-            frame = self._strict_records(part)
-        if frame is not None:
-            return Batch(frame, frame.height, absent=self._absent(frame, part))
-        return self._slow_rows(_decode(part), None, part)
 
     def _fast_records(self, part: bytes) -> pl.DataFrame | None:
         """Parse outside Python with wide types; None where a value may not have survived it exactly.
@@ -479,25 +509,17 @@ class Decoder:
 
     # -- records or lists by key
 
-    def _read_keyed(self, part: bytes) -> Batch:
-        _expect(part, b"{", ".".join(self._path))
-        found = _FIRST_VALUE.match(part)
-        if found is None:
-            if not _decode(part):
-                return self.nothing()
-            raise Malformed("the rows by key are cut off")
-        if not self._nested and self._response.names is None:
-            if found.group(1) == b"[" and len(part) >= _SPLIT_KEYED_BYTES:
-                batch = self._split_keyed(part)
-                if batch is not None:
-                    return batch
-            if found.group(1) in b"[{":
-                frame = self._strict_keyed(part, "lists" if found.group(1) == b"[" else "single")
-                if frame is not None:
-                    return Batch(frame, frame.height, absent=self._absent(frame, part))
-        return self._slow_keyed(part)
+    def _quick_keyed(self, part: bytes) -> pl.DataFrame | None:
+        first = _FIRST_VALUE.match(part)
+        if first is None or first[1] not in b"[{" or self._nested or self._response.names is not None:
+            return None
+        if first[1] == b"{":
+            return self._strict_keyed(part, "single")
+        frame = self._split_keyed(part) if len(part) >= _SPLIT_KEYED_BYTES else None
+        return self._strict_keyed(part, "lists") if frame is None else frame
 
-    def _split_keyed(self, part: bytes) -> Batch | None:
+    def _split_keyed(self, part: bytes) -> pl.DataFrame | None:
+        """Parse long lists one by one outside the interpreter lock; None where they are short."""
         try:
             lists = msgspec.json.decode(part, type=dict[str, msgspec.Raw])
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -507,14 +529,11 @@ class Decoder:
         frames = []
         for key, raw in lists.items():
             slice_ = bytes(raw)
-            if not slice_.startswith(b"["):
-                return None
-            frame = self._fast_records(slice_)
+            frame = self._fast_records(slice_) if slice_.startswith(b"[") else None
             if frame is None:
                 return None
             frames.append(self._with_key(frame, pl.Series([key], dtype=pl.String()).new_from_index(0, frame.height)))
-        frame = pl.concat(frames)
-        return Batch(frame, frame.height, absent=self._absent(frame, part))
+        return pl.concat(frames)
 
     def _with_key(self, frame: pl.DataFrame, keys: pl.Series) -> pl.DataFrame:
         if self._key is None:
@@ -554,14 +573,6 @@ class Decoder:
         return Batch(pl.DataFrame(schema=dict.fromkeys(self._order, pl.String())), 0)
 
     # -- arrays by position
-
-    def _read_arrays(self, part: bytes, names: tuple[str, ...]) -> Batch:
-        _expect(part, b"[", ".".join(self._path))
-        frame = self._strict_arrays(part, names)
-        if frame is not None:
-            absent = tuple(column.name for column in self._fields if column.raw not in names)
-            return Batch(frame, frame.height, absent=absent)
-        return self._slow_arrays(_decode(part), names, None)
 
     def _strict_arrays(self, part: bytes, names: tuple[str, ...]) -> pl.DataFrame | None:
         kinds = tuple(self._kinds[column.name] for column in self._fields)
@@ -617,8 +628,7 @@ class Decoder:
                 continue
             at = names.index(column.raw)
             series.append(self._coerced(column, [None if row is None else row[at] for row in usable], setter))
-        absent = tuple(column.name for column in self._fields if column.raw not in names)
-        return setter.batch(pl.DataFrame(series), lambda _: absent)
+        return setter.batch(pl.DataFrame(series), lambda _: self._unnamed(names))
 
     # -- columns
 
@@ -674,8 +684,7 @@ class Decoder:
         frame = self._fast_csv(body, names)
         if frame is None:
             return self._slow_arrays(list(self._csv_rows(body)), names, None)
-        absent = tuple(column.name for column in self._fields if column.raw not in names)
-        return Batch(frame, frame.height, absent=absent)
+        return Batch(frame, frame.height, absent=self._unnamed(names))
 
     def _header_names(self, line: bytes) -> tuple[str, ...]:
         if line not in self._headers:
@@ -806,19 +815,19 @@ def _open_whole(body: bytes, opener: bytes) -> Opened:
             }
         except (msgspec.DecodeError, UnicodeDecodeError):
             document = _decode(body)
-        return Opened(document, (body,), True, body)
+        return Opened(document, (Piece(body, document),), True, body)
     if first == opener:
-        return Opened(None, (body,), True, body)
+        return Opened(None, (Piece(body),), True, body)
     document = _decode(body)
     return Opened(document, (), document is None, body)
 
 
 def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, bytes] | None:
-    """Cut the rows out where their name first stands, up to the last bracket, and prove it on the rest.
+    """Cut the rows out where their name first stands, up to the last bracket; a guess that is half proven.
 
     With the rows replaced by a number that nothing else holds, the rest is decoded; when that number then is the
-    value at the path, the body is this rest with the rows in its place, provided the rows are valid JSON by
-    themselves (which reading them shows). This looks at each byte once less than decoding does.
+    value at the path, the body is this rest with the rows in its place, provided the rows are one JSON value by
+    themselves, which whoever parses them must see. This looks at each byte once less than decoding does.
     """
     name = json.dumps(path[-1], ensure_ascii=False).encode()
     at = body.find(name)
@@ -828,7 +837,7 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
     if colon is None or body[colon.end() : colon.end() + 1] != opener:
         return None
     start = colon.end()
-    end = body.rfind(b"]") + 1 if opener == b"[" else body.rfind(b"]}") + 2
+    end = _end_of_rows(body, start, opener)
     if end <= start + 1 or len(body) - (end - start) > _ENVELOPE_BYTES_MOST:
         return None
     try:
@@ -840,6 +849,18 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
         return None
     parent[path[-1]] = UNREAD
     return document, body[start:end]
+
+
+def _end_of_rows(body: bytes, start: int, opener: bytes) -> int:
+    """Guess where the rows that begin at `start` end: after the first bracket that closes a row and them at once."""
+    if opener == b"{":
+        at = body.find(b"]}", start)
+    else:
+        inner = body[start + 1 : start + 2]
+        at = body.find({b"{": b"}]", b"[": b"]]"}.get(inner, b"]"), start)
+        if inner not in b"{[":
+            return at + 1
+    return at + 2 if at >= 0 else 0
 
 
 def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:

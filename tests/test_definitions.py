@@ -1,13 +1,12 @@
 """The shipped definitions: they are sound, they read what the providers send, and they tell its refusals apart.
 
-The refusals written here are ours. A folder of recorded bodies, named by MARKETSYNC_RECORDED, is tried as well; it is
+The refusals written here are ours. Recorded bodies beside the project (../shared/data) are tried as well; they are
 no part of the project, and its tests are skipped without it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -145,9 +144,9 @@ def test_nasdaq_is_understood_when_it_refuses_in_csv():
 
 # ------------------------------------------------------------ recorded bodies
 
-RECORDED = Path(os.environ.get("MARKETSYNC_RECORDED", ""))
+RECORDED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_recorded = pytest.mark.skipif(
-    not os.environ.get("MARKETSYNC_RECORDED"), reason="MARKETSYNC_RECORDED names no folder of recorded bodies"
+    not RECORDED.is_dir(), reason="no recorded traffic beside the project (../shared/data)"
 )
 CLASSES = {
     "too_frequent": {Verdict.COOL_DOWN},
@@ -195,14 +194,7 @@ def test_recorded_pages_of_alpaca_become_rows():
     assert bars.row(0, named=True)["open"] == 79.382858
 
 
-# providers.decode cuts the rows out up to the last ] of the body; here the names of the columns stand after the rows
-names_after_rows = pytest.mark.xfail(
-    strict=True, reason="Decoder.open loses what stands between the rows and the last ]"
-)
-
-
 @needs_recorded
-@names_after_rows
 def test_recorded_pages_of_nasdaq_become_rows():
     pages = [p.read_bytes() for p in sorted((RECORDED / "nasdaq_data_link" / "datatables").glob("*.json"))]
     prices = read(load_definition("nasdaq_data_link"), "wiki_prices", pages)
@@ -289,7 +281,7 @@ SYMBOLS = ("AAPL", "GOOG", "IBM", "MSFT")
     ("upstream", "dataset"),
     [
         ("alpaca", "daily_bars"),
-        pytest.param("nasdaq_data_link", "wiki_prices", marks=names_after_rows),
+        ("nasdaq_data_link", "wiki_prices"),
         ("nasdaq_data_link", "wiki_prices_csv"),
     ],
 )
