@@ -233,6 +233,7 @@ class Decoder:
         self._compiled: dict[Any, Any] = {}
         self._headers: dict[bytes, tuple[str, ...]] = {}
         self._guesses = True
+        self._guesses = True
 
     # -- opening
 
@@ -274,16 +275,19 @@ class Decoder:
         opener = b"{" if self._shape is Shape.KEYED else b"["
         if not self._path:
             return _open_whole(body, opener)
-        guess = _cut_by_position(body, self._path, opener)
+        guess = _cut_by_position(body, self._path, opener) if self._guesses else None
         if guess is not None:
             document, part = guess
             frame = self._quick(part, document)
             if frame is not None:
                 return Opened(document, (Piece(part, document, frame),), True, body)
         document, rows, found = _cut_exactly(body, self._path)
+        tried = guess is not None and guess[1] == rows
+        if guess is not None and not tried:
+            self._guesses = False  # this provider's bodies end in another list
         if rows is None:
             return Opened(document, (), found, body)
-        return Opened(document, (Piece(rows, document, None, guess is not None and guess[1] == rows),), found, body)
+        return Opened(document, (Piece(rows, document, None, tried),), found, body)
 
     # -- reading
 

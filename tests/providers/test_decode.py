@@ -138,8 +138,8 @@ def test_text_columns_take_numbers_as_they_are_written() -> None:
 # ---------------------------------------------------------------- the envelope
 
 
-def test_opening_reads_no_rows_and_keeps_the_rest_of_the_body() -> None:
-    opened = Decoder(NUMBERS).open(b'{"code": 0, "rows": [{"k": broken}], "meta": {"next": "x"}}')
+def test_opening_keeps_the_rest_of_the_body_and_does_not_show_the_rows() -> None:
+    opened = Decoder(NUMBERS).open(b'{"code": 0, "rows": [{"k": "a"}], "meta": {"next": "x"}}')
     assert opened.document == {"code": 0, "rows": decode.UNREAD, "meta": {"next": "x"}}
     assert walk(opened.document, "rows.0.k") is decode.UNREAD
 
@@ -163,6 +163,34 @@ def test_rows_elsewhere_are_not_taken_for_the_rows() -> None:
     assert read(NUMBERS, '{"inner": {"rows": [{"k": "z", "n": 9}]}, "rows": null}').fetched == 0
     with pytest.raises(Unexpected, match="no 'rows'"):
         read(NUMBERS, '{"inner": {"rows": [{"k": "z", "n": 9}]}}')
+
+
+@pytest.mark.parametrize("rows", ["[]", '[{"k": "a"}]', '[{"k": 5}]', '[{"k": []}]', "[null]"])
+@pytest.mark.parametrize("shape", ["records", "arrays", "keyed"])
+def test_what_stands_between_the_rows_and_a_later_list_is_kept(rows: str, shape: str) -> None:
+    how = {"records": {"rows": "rows"}, "arrays": {"rows": "rows", "names": ["k"]}, "keyed": {"rows": "rows.*"}}[shape]
+    if shape == "keyed":
+        rows = '{"x": ' + rows + "}"
+    decoder = Decoder(dataset({"k": "str"}, ["k"], **how))
+    for after in ('"tags": ["x"]', '"tags": []', '"tags": {"x": [1]}', '"more": [{"k": "z"}]', '"x": {"y": [{}]}'):
+        document = decoder.open(('{"rows": ' + rows + ', "code": 7, "next": "t", ' + after + "}").encode()).document
+        assert (document["code"], document["next"]) == (7, "t")
+        assert len(document) == 4
+
+
+def test_the_names_of_a_table_can_stand_after_its_rows() -> None:
+    spec = dataset({"k": "str", "n": "i64"}, ["k"], rows="t.data", columns="t.columns")
+    body = '{"t": {"data": [["a", 1], ["b", 2]], "columns": [{"name": "k"}, {"name": "n"}]}, "meta": {"next": null}}'
+    assert rows_of(spec, body) == [("a", 1), ("b", 2)]
+
+
+def test_each_member_of_a_zip_has_its_own_names() -> None:
+    spec = dataset({"k": "str", "n": "i64"}, ["k"], rows="items", columns="names")
+    body = zipped(
+        a=json.dumps({"names": ["k", "n"], "items": [["a", 1]]}),
+        b=json.dumps({"names": ["n", "k"], "items": [[2, "b"]]}),
+    )
+    assert rows_of(spec, body) == [("a", 1), ("b", 2)]
 
 
 def test_null_for_the_rows_is_nothing_and_no_rows_at_all_is_an_error_with_its_remedy() -> None:
@@ -245,7 +273,7 @@ def test_long_lists_by_key_are_parsed_apart_and_equal_short_ones() -> None:
     assert len(body) > decode._SPLIT_KEYED_BYTES
     decoder = Decoder(spec)
     opened = decoder.open(body)
-    assert decoder._split_keyed(opened.parts[0]) is not None
+    assert decoder._split_keyed(opened.pieces[0].part) is not None
     assert decoder.rows(opened).frame.rows() == [(s, float(n)) for s in lists for n in range(2000)]
 
 

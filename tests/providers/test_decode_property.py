@@ -124,14 +124,17 @@ def test_records_that_are_the_whole_body(rows: list[tuple], spaced: dict) -> Non
     same(read(dataset(), json.dumps(written(rows), **spaced).encode()), rows)
 
 
-@given(rows(), spacing, st.permutations(RAW), st.booleans())
+@given(rows(), spacing, st.permutations(RAW), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_a_table_is_read_by_name_whatever_the_order_of_its_columns(
-    rows: list[tuple], spaced: dict, order: list[str], objects: bool
+    rows: list[tuple], spaced: dict, order: list[str], objects: bool, names_first: bool
 ) -> None:
     names = [{"name": name, "type": "?"} for name in order] if objects else order
     items = [[record[name] for name in order] for record in written(rows)]
-    body = json.dumps({"data": {"fields": names, "items": items, "has_more": False}}, **spaced).encode()
+    parts = {"items": items, "has_more": False, "fields": names}
+    if names_first:
+        parts = dict(reversed(parts.items()))
+    body = json.dumps({"data": parts}, **spaced).encode()
     same(read(dataset(rows="data.items", columns="data.fields"), body), rows)
 
 
