@@ -232,7 +232,7 @@ class Decoder:
             self._kinds = {name: _Kind.TEXT if k is _Kind.TRUTH else k for name, k in self._kinds.items()}
         self._compiled: dict[Any, Any] = {}
         self._headers: dict[bytes, tuple[str, ...]] = {}
-        self._guesses = True
+        self._end: _End | None = _End.LAST
         self._guesses = True
 
     # -- opening
@@ -275,7 +275,7 @@ class Decoder:
         opener = b"{" if self._shape is Shape.KEYED else b"["
         if not self._path:
             return _open_whole(body, opener)
-        guess = _cut_by_position(body, self._path, opener) if self._guesses else None
+        guess = _cut_by_position(body, self._path, opener, self._end) if self._end is not None else None
         if guess is not None:
             document, part = guess
             frame = self._quick(part, document)
@@ -284,7 +284,7 @@ class Decoder:
         document, rows, found = _cut_exactly(body, self._path)
         tried = guess is not None and guess[1] == rows
         if guess is not None and not tried:
-            self._guesses = False  # this provider's bodies end in another list
+            self._end = _End.FIRST if self._end is _End.LAST else None  # this provider's bodies are not like that
         if rows is None:
             return Opened(document, (), found, body)
         return Opened(document, (Piece(rows, document, None, tried),), found, body)
@@ -826,8 +826,16 @@ def _open_whole(body: bytes, opener: bytes) -> Opened:
     return Opened(document, (), document is None, body)
 
 
-def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, bytes] | None:
-    """Cut the rows out where their name first stands, up to the last bracket; a guess that is half proven.
+class _End(Enum):
+    """Where rows are guessed to end: at the body's last bracket that could close them, which costs nothing to find,
+    or, where another list follows, at the first that closes a row and them at once."""
+
+    LAST = "last"
+    FIRST = "first"
+
+
+def _cut_by_position(body: bytes, path: list[str], opener: bytes, end_at: _End) -> tuple[Any, bytes] | None:
+    """Cut the rows out from where their name first stands up to a bracket; a guess that is half proven.
 
     With the rows replaced by a number that nothing else holds, the rest is decoded; when that number then is the
     value at the path, the body is this rest with the rows in its place, provided the rows are one JSON value by
@@ -841,7 +849,7 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
     if colon is None or body[colon.end() : colon.end() + 1] != opener:
         return None
     start = colon.end()
-    end = _end_of_rows(body, start, opener)
+    end = _end_of_rows(body, start, opener, end_at)
     if end <= start + 1 or len(body) - (end - start) > _ENVELOPE_BYTES_MOST:
         return None
     try:
@@ -855,16 +863,12 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes) -> tuple[Any, 
     return document, body[start:end]
 
 
-def _end_of_rows(body: bytes, start: int, opener: bytes) -> int:
-    """Guess where the rows that begin at `start` end: after the first bracket that closes a row and them at once."""
-    if opener == b"{":
-        at = body.find(b"]}", start)
-    else:
-        inner = body[start + 1 : start + 2]
-        at = body.find({b"{": b"}]", b"[": b"]]"}.get(inner, b"]"), start)
-        if inner not in b"{[":
-            return at + 1
-    return at + 2 if at >= 0 else 0
+def _end_of_rows(body: bytes, start: int, opener: bytes, end_at: _End) -> int:
+    if end_at is _End.LAST:
+        return body.rfind(b"]") + 1 if opener == b"[" else body.rfind(b"]}") + 2
+    inner = b"]}" if opener == b"{" else {b"{": b"}]", b"[": b"]]"}.get(body[start + 1 : start + 2], b"]")
+    at = body.find(inner, start)
+    return at + len(inner) if at >= 0 else 0
 
 
 def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:

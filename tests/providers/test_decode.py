@@ -184,6 +184,18 @@ def test_the_names_of_a_table_can_stand_after_its_rows() -> None:
     assert rows_of(spec, body) == [("a", 1), ("b", 2)]
 
 
+@pytest.mark.parametrize("columns_last", [True, False])
+def test_a_decoder_learns_where_rows_end_and_never_depends_on_it(columns_last: bool) -> None:
+    spec = dataset({"k": "str", "n": "i64"}, ["k"], rows="data", columns="columns")
+    decoder = Decoder(spec)
+    parts = {"columns": ["k", "n"], "data": [["a", 1], ["b", 2]]}
+    usual = json.dumps(dict(reversed(parts.items())) if columns_last else parts).encode()
+    odd = json.dumps({"data": [["]]", 1]], "columns": ["k", "n"], "tags": [["x"]]}).encode()
+    for body in (usual, usual, odd, usual, odd, odd, usual):
+        rows = seal(spec, [decoder.rows(decoder.open(body))]).frame.rows()
+        assert rows == ([("a", 1), ("b", 2)] if body is usual else [("]]", 1)])
+
+
 def test_each_member_of_a_zip_has_its_own_names() -> None:
     spec = dataset({"k": "str", "n": "i64"}, ["k"], rows="items", columns="names")
     body = zipped(
