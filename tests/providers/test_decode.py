@@ -78,6 +78,17 @@ def test_large_whole_numbers_are_exact_alone_and_beside_small_ones() -> None:
     assert [row[2] for row in rows_of(NUMBERS, body)] == [9007199254740993, 1, -9223372036854775808]
 
 
+def test_unsigned_numbers_and_nanoseconds_beyond_a_float_are_exact_on_every_page() -> None:
+    spec = dataset({"id": "u64", "t": {"type": "datetime_ns", "format": "unix_ns"}}, ["id"], rows="rows")
+    decoder = Decoder(spec)
+    for last in range(3):
+        ids = [18446744073709551615 - last, 5]
+        rows = [{"id": one, "t": 1704205800123456789 + last} for one in ids]
+        frame = seal(spec, [decoder.rows(decoder.open(json.dumps({"rows": rows}).encode()))]).frame
+        assert frame["id"].to_list() == ids
+        assert frame["t"].dt.nanosecond().to_list() == [123456789 + last] * 2
+
+
 @pytest.mark.parametrize("rest", ["", ', "note": "]"'])
 def test_an_unpaired_surrogate_sets_aside_its_row_instead_of_becoming_nul(rest: str) -> None:
     gated = read(NUMBERS, r'{"rows": [{"k": "a\ud83d", "n": 1}, {"k": "b", "n": 2}]' + rest + "}")
