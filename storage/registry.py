@@ -10,6 +10,7 @@ from storage.protocol import Store
 
 # scheme: (module with `open_url(url, name)`, the package it needs, the extra that installs it)
 ENGINES = {
+    "chdb": ("storage.clickhouse", "chdb", "clickhouse"),
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
     "parquet": ("storage.parquet", "polars", ""),

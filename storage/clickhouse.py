@@ -1,0 +1,609 @@
+"""ClickHouse tables: `chdb://./folder` runs the engine inside this process, through clickhouse-connect and chDB.
+
+A provider is a database, a dataset a `ReplacingMergeTree` ordered by the key and cut by the period of the time column.
+Every write is an insert: a changed row is a later version of its key, a deleted row a version that says so. Reads are
+`FINAL`, which shows the last version. A batch is inserted first and its lane's `seq` after it, so a batch that comes
+again after a crash adds versions that say the same. Marker and schema are the table's comment.
+
+chDB serves one process, and in it one folder at a time: `_engine` counts the stores of a folder in this process, and
+an owner lock in the folder names the process that has it. Nothing of this works in a fork of that process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
+from storage import classify, evolution, filters, gate, lazyframes, location, locks
+from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+    from clickhouse_connect.driver.client import Client
+    from filelock import FileLock
+
+CAPABILITIES = Capabilities(
+    atomic=False,
+    transactions=False,
+    nanoseconds=True,
+    nan=True,
+    unsigned_64=True,
+    evolve=True,
+    writers=Writers.ONE_PROCESS,
+    why="atomic: a batch that falls into several partitions becomes visible one partition after the other; use "
+    "delta:// when others read while we write. "
+    "transactions: the engine has none for several statements; a batch is repeated until it is whole. "
+    "writers: the engine inside a process has its folder for itself; use one process, delta://, or a server.",
+)
+
+_LOCK = "_marketsync.lock"
+_COMMITS = "_marketsync_commits"
+_VERSION = "_version"
+_DELETED = "_deleted"
+# more subjects than this are looked up by their range, so that a statement stays small
+_LISTED_SUBJECTS = 1_000
+# a scan asks for as many partitions at once as have about this many rows
+_SCAN_ROWS = 1_048_576
+# what Date32 and DateTime64 reach; the engine would move a value outside to the nearest end without a word
+_FIRST, _LAST = date(1900, 1, 1), date(2299, 12, 31)
+
+_TYPES = {
+    ColumnType.STR: ("String", "ZSTD(1)"),
+    ColumnType.BOOL: ("Bool", "ZSTD(1)"),
+    ColumnType.I32: ("Int32", "T64, ZSTD(1)"),
+    ColumnType.I64: ("Int64", "T64, ZSTD(1)"),
+    ColumnType.U64: ("UInt64", "T64, ZSTD(1)"),
+    ColumnType.F32: ("Float32", "Gorilla, ZSTD(1)"),
+    ColumnType.F64: ("Float64", "Gorilla, ZSTD(1)"),
+    ColumnType.DATE: ("Date32", "DoubleDelta, ZSTD(1)"),
+    ColumnType.DATETIME: ("DateTime64(6, 'UTC')", "DoubleDelta, ZSTD(1)"),
+    ColumnType.DATETIME_NS: ("DateTime64(9, 'UTC')", "DoubleDelta, ZSTD(1)"),
+}
+_SYSTEM = (
+    f"`{SEGMENT_COLUMN}` LowCardinality(String) CODEC(ZSTD(1))",
+    f"`{INGESTED_COLUMN}` DateTime64(6, 'UTC') CODEC(DoubleDelta, ZSTD(1))",
+    f"`{_VERSION}` UInt64 CODEC(DoubleDelta, ZSTD(1))",
+    f"`{_DELETED}` UInt8 CODEC(ZSTD(1))",
+)
+_PARTITION = {Period.DAY: "toYYYYMMDD", Period.MONTH: "toYYYYMM", Period.YEAR: "toYear"}
+_DURABLE = "fsync_after_insert = 1, fsync_part_directory = 1"
+_SETTINGS = {
+    "max_partitions_per_insert_block": 0,
+    "max_query_size": 64 * 1024 * 1024,
+    "output_format_arrow_string_as_string": 1,
+}
+_READS = ("SELECT", "WITH", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "(")
+
+
+@dataclass
+class _Engine:
+    """The engine of this process, with how many stores use it; `guard` lets one write at a time decide and insert."""
+
+    folder: Path
+    client: Client
+    owner: FileLock
+    process: int
+    stores: int = 0
+    guard: threading.RLock = field(default_factory=threading.RLock)
+    versions: dict[str, int] = field(default_factory=dict)
+
+
+_engine: _Engine | None = None
+_engine_lock = threading.Lock()
+
+
+class ClickHouseStore:
+    """Tables in one engine. Safe for several threads of the process that has it."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url: str, name: str, engine: _Engine):
+        self.url = url
+        self.name = name
+        self._held: _Engine | None = engine
+
+    # the table: creation, identity, shape
+
+    def ensure(self, dataset: str, schema: Schema) -> str:
+        evolution.check(dataset, schema)
+        self._refuse_own_names(dataset, schema)
+        with self._engine().guard:
+            found = self._described(dataset)
+            if found is None:
+                marker = uuid.uuid4().hex
+                self._create(dataset, schema, marker)
+                return marker
+            marker, stored = found
+            if stored != schema:
+                self._evolve(dataset, stored, schema, marker)
+            return marker
+
+    def marker(self, dataset: str) -> str | None:
+        found = self._described(dataset)
+        return None if found is None else found[0]
+
+    def schema(self, dataset: str) -> Schema | None:
+        found = self._described(dataset)
+        return None if found is None else found[1]
+
+    # writing
+
+    def committed(self, dataset: str, lane: str) -> int:
+        found = self._described(dataset)
+        return 0 if found is None else self._committed(dataset, found[0], lane)
+
+    def write(self, batch: Batch) -> Written:
+        dataset = batch.dataset
+        with self._engine().guard:
+            marker, schema = self._table(dataset)
+            if self._committed(dataset, marker, batch.lane) >= batch.seq:
+                return Written(already=True)
+            frame, absent = self._admitted(dataset, batch.frame, batch.schema, schema)
+            if batch.mode is Mode.APPEND:
+                rows, written = frame, Written(inserted=frame.height)
+            else:
+                import polars as pl
+
+                split = classify.split(frame, self._with_keys(dataset, schema, frame), schema, absent=absent)
+                rows = pl.concat([split.new, split.changed])
+                written = Written(split.new.height, split.changed.height, split.equal)
+            self._insert(dataset, rows)
+            self._commit(dataset, marker, batch.lane, batch.seq)
+            return written
+
+    def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
+        import polars as pl
+
+        with self._engine().guard:
+            _, stored = self._table(dataset)
+            put, absent = self._admitted(dataset, frame, schema, stored)
+            inside = filters.expression(dataset, span, stored)
+            if inside is not None and (outside := put.filter(~inside).height):
+                raise SchemaError(
+                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
+                )
+            split = classify.split(put, self._with_keys(dataset, stored, put), stored, absent=absent)
+            there = self._select(dataset, stored, [*stored.names, *SYSTEM_COLUMNS], self._where(dataset, stored, span))
+            gone = there.join(put, on=list(stored.key), how="anti")
+            self._insert(dataset, pl.concat([split.new, split.changed]))
+            self._insert(dataset, gone, deleted=True)
+            return Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
+
+    # reading
+
+    def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
+        import polars as pl
+        from polars.io.plugins import register_io_source
+
+        _, schema = self._table(dataset)
+        types = schema.polars(system=True)
+        names = filters.columns(dataset, filter, schema)
+        where = self._where(dataset, schema, filter)
+
+        def rows(
+            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
+        ) -> Iterator[pl.DataFrame]:
+            asked = list(columns) if columns is not None else names
+            if predicate is not None:
+                asked = list(dict.fromkeys([*asked, *predicate.meta.root_names()]))
+            left = limit
+            for part in self._partitions(dataset, schema):
+                frame = self._select(dataset, schema, asked, [*where, *part])
+                if predicate is not None:
+                    frame = frame.filter(predicate)
+                if columns is not None:
+                    frame = frame.select(columns)
+                if left is not None:
+                    frame = frame.head(left)
+                    left -= frame.height
+                yield frame
+                if left == 0:
+                    return
+
+        return register_io_source(rows, schema=pl.Schema({name: types[name] for name in names}))
+
+    def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
+        return lazyframes.arrow(self.scan(dataset, filter))
+
+    def watermarks(self, dataset: str) -> dict[str, datetime | date]:
+        _, schema = self._table(dataset)
+        if schema.time is None:
+            return lazyframes.watermarks(self.scan(dataset), dataset, schema)
+        table, newest = _table_name(dataset), f"max({_quoted(schema.time)}) AS newest"
+        deleted = self._frame(f"SELECT count() AS n FROM {table} WHERE {_DELETED} = 1")["n"][0]
+        # versions of one key have one time when it is in the key, so the last version need not be looked for
+        final = "FINAL" if deleted or schema.time not in schema.key else ""
+        if schema.subject is None:
+            rows, at = self._frame(f"SELECT count() AS n, {newest} FROM {table} {final}").row(0)
+            return {lazyframes.EVERY_SUBJECT: at} if rows and at is not None else {}
+        subject = _quoted(schema.subject)
+        found = self._frame(f"SELECT {subject} AS subject, {newest} FROM {table} {final} GROUP BY {subject}")
+        return {
+            each: at
+            for each, at in found.select("subject", "newest").iter_rows()
+            if each is not None and at is not None
+        }
+
+    def count(self, dataset: str, filter: Filter = Filter()) -> int:
+        _, schema = self._table(dataset)
+        where = self._where(dataset, schema, filter)
+        return int(self._frame(f"SELECT count() AS n FROM {_table_name(dataset)} FINAL {_all(where)}")["n"][0])
+
+    # the rest
+
+    def delete(self, dataset: str, filter: Filter) -> int:
+        with self._engine().guard:
+            _, schema = self._table(dataset)
+            names = [*schema.names, *SYSTEM_COLUMNS]
+            gone = self._select(dataset, schema, names, self._where(dataset, schema, filter))
+            self._insert(dataset, gone, deleted=True)
+            return gone.height
+
+    def datasets(self) -> list[str]:
+        found = self._frame(
+            "SELECT database, name FROM system.tables WHERE comment LIKE '{\"marketsync\":%' ORDER BY database, name"
+        )
+        return [f"{database}.{name}" for database, name in found.iter_rows()]
+
+    def info(self, dataset: str) -> TableInfo:
+        rows = self.count(dataset)
+        found = self._frame(
+            f"SELECT sum(bytes_on_disk) AS bytes, count() AS parts FROM system.parts WHERE active AND {_named(dataset)}"
+        )
+        return TableInfo(
+            dataset,
+            rows=rows,
+            bytes=int(found["bytes"][0]),
+            files=int(found["parts"][0]),
+            commits=None,
+            location=f"{self._engine().folder}: {_table_name(dataset)}",
+        )
+
+    def query(self, sql: str) -> pl.DataFrame:
+        if not sql.lstrip().upper().startswith(_READS):
+            raise StoreError(f"the query does not begin with one of {', '.join(_READS[:-1])}: {sql.strip()[:60]!r}")
+        return self._frame(sql.strip().rstrip(";"), final=1)
+
+    def maintain(self, dataset: str) -> str:
+        with self._engine().guard:
+            self._table(dataset)
+            before = self.info(dataset).files
+            self._command(f"OPTIMIZE TABLE {_table_name(dataset)} FINAL SETTINGS optimize_skip_merged_partitions = 1")
+            return f"{dataset}: {before} parts became {self.info(dataset).files}, with one version of each row"
+
+    def close(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            _leave(held)
+
+    # how it is done
+
+    def _engine(self) -> _Engine:
+        if self._held is None:
+            raise StoreError(f"the store {self.url} was closed; open it again")
+        if self._held.process != os.getpid():
+            raise StoreError(
+                f"the store {self.url} was opened before this process was forked, and its engine does not survive a "
+                "fork; start processes with the spawn method and open the store in each"
+            )
+        return self._held
+
+    def _command(self, sql: str) -> None:
+        with _told("a statement"):
+            self._engine().client.command(sql)
+
+    def _frame(self, sql: str, **settings: int) -> pl.DataFrame:
+        import polars as pl
+
+        with _told("a query"):
+            content = self._engine().client.raw_query(sql, fmt="ArrowStream", settings=settings)
+        return pl.read_ipc_stream(content)
+
+    def _described(self, dataset: str) -> tuple[str, Schema] | None:
+        """Return the table's marker and schema; None when there is no table."""
+        found = self._frame(f"SELECT comment FROM system.tables WHERE {_named(dataset, 'name')}")
+        if found.is_empty():
+            return None
+        try:
+            comment = json.loads(found["comment"][0])
+            return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"the table {_table_name(dataset)} in {self._engine().folder} was not made by MarketSync; move it "
+                f"elsewhere (RENAME TABLE), and {dataset} will be made and filled"
+            ) from error
+
+    def _table(self, dataset: str) -> tuple[str, Schema]:
+        found = self._described(dataset)
+        if found is None:
+            raise StoreError(f"there is no ClickHouse table of {dataset} in {self._engine().folder}; call ensure first")
+        return found
+
+    def _refuse_own_names(self, dataset: str, schema: Schema) -> None:
+        taken = [name for name in schema.names if name.lower() in (_VERSION, _DELETED)]
+        if taken:
+            raise SchemaError(
+                f"the schema of {dataset} cannot become a table: the column name {taken[0]!r} is reserved"
+            )
+
+    def _create(self, dataset: str, schema: Schema, marker: str) -> None:
+        provider, _ = location.split(dataset)
+        columns = [_column(column, schema) for column in schema.columns]
+        key = ", ".join(_quoted(name) for name in schema.key)
+        cut = ""
+        # versions of one key must meet in one partition, so a table is cut only by what its key has
+        if schema.period is not Period.NONE and schema.time in schema.key:
+            cut = f"PARTITION BY {_PARTITION[schema.period]}({_quoted(schema.time)})"
+        self._command(f"CREATE DATABASE IF NOT EXISTS {_quoted(provider)}")
+        self._command(
+            f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} (marker String, lane String, seq UInt64) "
+            f"ENGINE = ReplacingMergeTree(seq) ORDER BY (marker, lane) SETTINGS {_DURABLE}"
+        )
+        self._command(
+            f"CREATE TABLE {_table_name(dataset)} ({', '.join((*columns, *_SYSTEM))}) "
+            f"ENGINE = ReplacingMergeTree({_VERSION}, {_DELETED}) {cut} ORDER BY ({key}) "
+            f"SETTINGS {_DURABLE} COMMENT {_literal(_comment(marker, schema))}"
+        )
+
+    def _evolve(self, dataset: str, stored: Schema, schema: Schema, marker: str) -> None:
+        new = {column.name for column in evolution.added(dataset, stored, schema)}
+        before, now = set(evolution.required(stored)), set(evolution.required(schema))
+        previous = "FIRST"
+        for column in schema.columns:
+            if column.name in new:
+                self._command(
+                    f"ALTER TABLE {_table_name(dataset)} ADD COLUMN IF NOT EXISTS {_column(column, schema)} {previous}"
+                )
+            elif column.name in before and column.name not in now:
+                self._command(f"ALTER TABLE {_table_name(dataset)} MODIFY COLUMN {_column(column, schema)}")
+            previous = f"AFTER {_quoted(column.name)}"
+        # the comment last: until it is there, the columns are added again, which does nothing
+        self._command(f"ALTER TABLE {_table_name(dataset)} MODIFY COMMENT {_literal(_comment(marker, schema))}")
+
+    def _admitted(
+        self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
+    ) -> tuple[pl.DataFrame, list[str]]:
+        frame = gate.admit(dataset, frame, sent, self.capabilities)
+        for column in sent.columns:
+            if column.type not in (ColumnType.DATE, ColumnType.DATETIME, ColumnType.DATETIME_NS):
+                continue
+            low, high = frame[column.name].min(), frame[column.name].max()
+            days = [each.date() if isinstance(each, datetime) else each for each in (low, high)]
+            if any(isinstance(day, date) and not _FIRST <= day <= _LAST for day in days):
+                raise SchemaError(
+                    f"column {column.name!r} of a frame for {dataset} has times that ClickHouse cannot keep "
+                    f"(before {_FIRST} or after {_LAST}); declare the column str or i64, or use another store"
+                )
+        return evolution.fit(dataset, frame, sent, stored)
+
+    def _with_keys(self, dataset: str, schema: Schema, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return the rows that have a key of the frame, by its subjects and its range of times."""
+        names = [*schema.names, *SYSTEM_COLUMNS]
+        where: list[str] = []
+        if frame.is_empty():
+            where.append("0")
+        elif schema.time is not None and schema.time in schema.key:
+            low, high = frame[schema.time].min(), frame[schema.time].max()
+            where += [f"{_quoted(schema.time)} >= {_instant(low, schema)}"]
+            # Python cuts nanoseconds, so the end is one microsecond later
+            where += [f"{_quoted(schema.time)} <= {_instant(high, schema, later=True)}"]
+        if schema.subject is not None and schema.subject in schema.key and frame.height:
+            subjects = frame[schema.subject].unique().sort().to_list()
+            name = _quoted(schema.subject)
+            if len(subjects) <= _LISTED_SUBJECTS:
+                where.append(_among(name, subjects))
+            else:
+                where.append(f"{name} >= {_literal(subjects[0])} AND {name} <= {_literal(subjects[-1])}")
+        return self._select(dataset, schema, names, where).join(frame, on=list(schema.key), how="semi")
+
+    def _where(self, dataset: str, schema: Schema, filter: Filter) -> list[str]:
+        since, until = filters.bounds(dataset, filter, schema)
+        subjects = filters.subjects(dataset, filter, schema)
+        where: list[str] = []
+        if since is not None and _day(since) >= _FIRST:
+            where.append("0" if _day(since) > _LAST else f"{_quoted(schema.time)} >= {_instant(since, schema)}")
+        if until is not None and _day(until) <= _LAST:
+            where.append("0" if _day(until) < _FIRST else f"{_quoted(schema.time)} < {_instant(until, schema)}")
+        if subjects is not None:
+            where.append(_among(_quoted(schema.subject), subjects) if subjects else "0")
+        return where
+
+    def _partitions(self, dataset: str, schema: Schema) -> list[list[str]]:
+        """Return conditions that together mean the whole table, each for partitions of about `_SCAN_ROWS` rows."""
+        if schema.period is Period.NONE or schema.time not in schema.key:
+            return [[]]
+        found = self._frame(
+            f"SELECT partition_id, sum(rows) AS n FROM system.parts WHERE active AND {_named(dataset)} "
+            "GROUP BY partition_id ORDER BY partition_id"
+        )
+        groups: list[list[str]] = [[]]
+        size = 0
+        for partition, rows in found.select("partition_id", "n").iter_rows():
+            if size and size + rows > _SCAN_ROWS:
+                groups.append([])
+                size = 0
+            groups[-1].append(partition)
+            size += rows
+        return [[_among("_partition_id", group)] for group in groups] if len(groups) > 1 else [[]]
+
+    def _select(self, dataset: str, schema: Schema, names: Sequence[str], where: Sequence[str]) -> pl.DataFrame:
+        import polars as pl
+
+        types = schema.polars(system=True)
+        if not names:
+            count = self._frame(f"SELECT count() AS n FROM {_table_name(dataset)} FINAL {_all(where)}")["n"][0]
+            return pl.DataFrame(height=int(count))
+        columns = ", ".join(_quoted(name) for name in names)
+        found = self._frame(f"SELECT {columns} FROM {_table_name(dataset)} FINAL {_all(where)}")
+        return found.cast({name: types[name] for name in names})  # pyright: ignore[reportArgumentType]
+
+    def _insert(self, dataset: str, rows: pl.DataFrame, *, deleted: bool = False) -> None:
+        import polars as pl
+
+        if rows.is_empty():
+            return
+        engine = self._engine()
+        if dataset not in engine.versions:
+            found = self._frame(f"SELECT max({_VERSION}) AS last FROM {_table_name(dataset)}")
+            engine.versions[dataset] = int(found["last"][0] or 0)
+        # later than every version before, also when the clock was set back
+        version = engine.versions[dataset] = max(time.time_ns() // 1000, engine.versions[dataset] + 1)
+        rows = rows.with_columns(
+            pl.lit(version, pl.UInt64()).alias(_VERSION), pl.lit(int(deleted), pl.UInt8()).alias(_DELETED)
+        )
+        self._put(_table_name(dataset), rows)
+
+    def _commit(self, dataset: str, marker: str, lane: str, seq: int) -> None:
+        import polars as pl
+
+        provider, _ = location.split(dataset)
+        row = pl.DataFrame({"marker": [marker], "lane": [lane], "seq": [seq]}, schema_overrides={"seq": pl.UInt64()})
+        self._put(f"{_quoted(provider)}.{_COMMITS}", row)
+
+    def _put(self, table: str, rows: pl.DataFrame) -> None:
+        import polars as pl
+
+        buffer = io.BytesIO()
+        rows.write_ipc_stream(buffer, compat_level=pl.CompatLevel.oldest())
+        with _told("an insert"):
+            self._engine().client.raw_insert(
+                table, column_names=rows.columns, insert_block=buffer.getvalue(), fmt="ArrowStream"
+            )
+
+    def _committed(self, dataset: str, marker: str, lane: str) -> int:
+        provider, _ = location.split(dataset)
+        found = self._frame(
+            f"SELECT max(seq) AS seq FROM {_quoted(provider)}.{_COMMITS} "
+            f"WHERE marker = {_literal(marker)} AND lane = {_literal(lane)}"
+        )
+        return int(found["seq"][0] or 0)
+
+
+def open_url(url: str, name: str) -> ClickHouseStore:
+    """Return the store of the URL; raises `StoreBusy` when another process, or another folder, has the engine."""
+    return ClickHouseStore(url, name, _enter(location.folder(url)))
+
+
+def _enter(folder: Path) -> _Engine:
+    global _engine
+    with _engine_lock:
+        if _engine is not None:
+            if _engine.process != os.getpid():
+                raise StoreError(
+                    f"this process was forked from one that has the chDB store {_engine.folder} open, and the engine "
+                    "does not survive a fork; start processes with the spawn method"
+                )
+            if _engine.folder != folder:
+                raise StoreBusy(
+                    f"this process has the chDB store {_engine.folder} open, and the engine inside a process serves "
+                    f"one folder at a time; close that store before {folder} is opened, or use one folder for both"
+                )
+        else:
+            import clickhouse_connect
+
+            folder.mkdir(parents=True, exist_ok=True)
+            owner = locks.take(folder / _LOCK, f"the chDB store {folder}", 0)
+            try:
+                with _told(f"opening {folder}"):
+                    client = clickhouse_connect.get_client(
+                        interface="chdb", path=str(folder), settings=_SETTINGS, autogenerate_session_id=False
+                    )
+            except BaseException:
+                owner.release()
+                raise
+            _engine = _Engine(folder, client, owner, os.getpid())
+        _engine.stores += 1
+        return _engine
+
+
+def _leave(engine: _Engine) -> None:
+    global _engine
+    with _engine_lock:
+        engine.stores -= 1
+        if engine.stores or engine.process != os.getpid():
+            return
+        engine.client.close()
+        engine.owner.release()
+        if _engine is engine:
+            _engine = None
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn what the engine raises into a `StoreError` without its stack trace."""
+    from clickhouse_connect.driver.exceptions import ClickHouseError
+
+    try:
+        yield
+    except ClickHouseError as error:
+        raise StoreError(f"ClickHouse refused {what}: {str(error).splitlines()[0]}") from error
+
+
+def _comment(marker: str, schema: Schema) -> str:
+    schema_text = evolution.to_text(schema)
+    return f'{{"marketsync": {json.dumps(marker)}, "schema": {schema_text}}}'
+
+
+def _column(column: Column, schema: Schema) -> str:
+    type_, codec = _TYPES[column.type]
+    if column.name not in evolution.required(schema):
+        type_ = f"Nullable({type_})"
+    if column.name == schema.subject:
+        type_ = f"LowCardinality({type_})"
+    return f"{_quoted(column.name)} {type_} CODEC({codec})"
+
+
+def _table_name(dataset: str) -> str:
+    return ".".join(_quoted(part) for part in location.split(dataset))
+
+
+def _named(dataset: str, column: str = "table") -> str:
+    provider, name = location.split(dataset)
+    return f"database = {_literal(provider)} AND {column} = {_literal(name)}"
+
+
+def _quoted(name: str | None) -> str:
+    escaped = (name or "").replace("\\", "\\\\").replace("`", "\\`")
+    return f"`{escaped}`"
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\0", "\\0")
+    return f"'{escaped}'"
+
+
+def _among(expression: str, values: Sequence[str]) -> str:
+    return f"{expression} IN ({', '.join(map(_literal, values))})"
+
+
+def _all(conditions: Sequence[str]) -> str:
+    return f"WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _day(bound: date | datetime) -> date:
+    return bound.date() if isinstance(bound, datetime) else bound
+
+
+def _instant(value: Any, schema: Schema, *, later: bool = False) -> str:
+    """Return the value as a literal of the time column's type."""
+    type_ = schema[schema.time or ""].type
+    if type_ is ColumnType.DATE:
+        return f"toDate32('{value.isoformat()}')"
+    scale = 9 if type_ is ColumnType.DATETIME_NS else 6
+    text = value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+    if scale == 9:
+        text += "999" if later else "000"
+    return f"toDateTime64('{text}', {scale}, 'UTC')"
