@@ -124,7 +124,8 @@ def owed(
 def laid(existing: Iterable[Covered], new: Sequence[Covered], now: datetime) -> list[Covered]:
     """Return the coverage after `new` pieces were laid over `existing` ones: what they hide is cut away.
 
-    A partial piece hides nothing but other partial pieces of the same work: what is covered stays covered.
+    A partial piece hides nothing but other partial pieces of the same work, and "not yet" nothing but an older "not
+    yet": what is covered stays covered, and rows that are there stay known.
     """
     pieces = list(existing)
     for piece in new:
@@ -132,7 +133,7 @@ def laid(existing: Iterable[Covered], new: Sequence[Covered], now: datetime) -> 
         for old in pieces:
             if old.end <= piece.start or old.start >= piece.end:
                 kept.append(old)
-            elif piece.answer is Answer.PARTIAL and not (old.answer is Answer.PARTIAL and old.work_id == piece.work_id):
+            elif not _hides(piece, old):
                 kept.append(old)
             else:
                 if old.start < piece.start:
@@ -151,6 +152,12 @@ def laid(existing: Iterable[Covered], new: Sequence[Covered], now: datetime) -> 
         else:
             joined.append(piece)
     return joined
+
+
+def _hides(new: Covered, old: Covered) -> bool:
+    if new.answer is Answer.PARTIAL:
+        return old.answer is Answer.PARTIAL and old.work_id == new.work_id
+    return new.answer is not Answer.NOT_YET or old.answer is Answer.NOT_YET
 
 
 def _joinable(a: Covered, b: Covered, now: datetime) -> bool:

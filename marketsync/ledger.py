@@ -13,7 +13,7 @@ import socket
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -28,6 +28,7 @@ from marketsync.clock import Clock
 from marketsync.coverage import Answer, Covered, Interval, laid, touches
 from marketsync.errors import LeaseLost, MarketSyncError
 from marketsync.planning import Unit
+from marketsync.schema import ColumnType, Schema
 
 LEASE_SECONDS = 60.0
 _CHUNK = 400  # values in one IN (...): below every engine's limit on parameters
@@ -109,6 +110,7 @@ _work = sa.Table(
     sa.Column("subject_rows", sa.Text),
     sa.Column("extent", sa.Text),
     sa.Column("restarted", sa.Boolean, nullable=False, default=False),
+    sa.Column("chain", sa.Integer, nullable=False, default=1),  # the epoch in which its first page was asked
     sa.Column("asked_at", Instant),
     sa.Column("final_until", Instant),
     sa.Column("resume_at", Instant),
@@ -145,6 +147,7 @@ _part = sa.Table(
     _schema,
     sa.Column("segment_id", sa.String(80), primary_key=True),
     sa.Column("work_id", sa.String(40), primary_key=True),
+    sa.Column("chain", sa.Integer, nullable=False),
     sa.Column("rows", sa.Integer, nullable=False),
     sa.Index("part_work", "work_id"),
 )
@@ -234,9 +237,17 @@ class WorkState(StrEnum):
 
 
 _FINISHED = [WorkState.DELIVERED.value, WorkState.SPLIT.value, WorkState.NOT_YET.value]
+_RESUMABLE = [
+    WorkState.LEASED.value,
+    WorkState.OWED.value,
+    WorkState.WAITING.value,
+    WorkState.FAILED.value,
+    WorkState.CANCELLED.value,
+]
 
 
 _ANY_SUBJECT = "**"
+WHOLE_WINDOW = "whole window"  # stands for the work where an answer holds more than was owed
 
 
 class Binding(StrEnum):
@@ -271,6 +282,7 @@ class Work:
     restarted: bool = False
     extent: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # subject -> oldest, newest time sealed so far
     asked_at: datetime | None = None  # of the chain's first page
+    chain: int = 1  # the epoch in which that page was asked
 
 
 @dataclass(frozen=True)
@@ -335,12 +347,13 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Claims:
-    """What `claim` gave: the leased work, how many of the units asked for were taken by it or settled meanwhile, and
-    whether units are left to other workers that are alive."""
+    """What `claim` gave: the leased work, how many of the units asked for are settled, those that are left to other
+    workers that are alive, and those that were found to be too large before (their halves are to be asked)."""
 
     work: list[Work]
     settled: int
     elsewhere: list[Unit]
+    too_large: list[Unit] = field(default_factory=list)
 
 
 def this_owner() -> str:
@@ -523,36 +536,61 @@ class Ledger:
 
     # ------------------------------------------------------------ stores and datasets
 
-    def bind_store(self, store_id: str, dataset: str, url: str, marker: str) -> Binding:
+    def bind_store(
+        self, store_id: str, dataset: str, url: str, marker: str, has_rows: Callable[[], bool] = lambda: False
+    ) -> Binding:
         """Note the table's marker. Where it is not the one known, the table was dropped, swapped or made anew: its
-        coverage is void, and what was believed to be in it is asked or copied again."""
-        with self._write() as connection:
-            row = connection.execute(
-                sa.select(_store.c.marker).where(_store.c.store_id == store_id, _store.c.dataset == dataset)
-            ).first()
-            if row is not None and row.marker == marker:
+        coverage is void, and what was believed to be in it is delivered (while it is in the spool), copied or asked
+        again. A table that is not known and `has_rows` is not trusted: nothing is ever appended to it unseen."""
+        with self._read() as connection:
+            if self._marker_in(connection, store_id, dataset) == marker:
                 return Binding.SAME
-            if row is not None:
+        occupied = has_rows()
+        with self._write() as connection:
+            known = self._marker_in(connection, store_id, dataset)
+            if known == marker:
+                return Binding.SAME
+            if known is not None:
                 connection.execute(
                     _coverage.delete().where(_coverage.c.store_id == store_id, _coverage.c.dataset == dataset)
                 )
                 connection.execute(_store.delete().where(_store.c.store_id == store_id, _store.c.dataset == dataset))
+                self._void_deliveries(connection, store_id, dataset)
             connection.execute(
                 _store.insert().values(store_id=store_id, dataset=dataset, url_redacted=url, marker=marker)
             )
-        return Binding.NEW if row is None else Binding.CHANGED
+            if occupied:
+                self._lay_in(connection, store_id, dataset, "", {_ANY_SUBJECT: [self._distrust()]})
+        return Binding.NEW if known is None else Binding.CHANGED
+
+    def _marker_in(self, connection: sa.Connection, store_id: str, dataset: str) -> str | None:
+        return connection.execute(
+            sa.select(_store.c.marker).where(_store.c.store_id == store_id, _store.c.dataset == dataset)
+        ).scalar()
+
+    def _void_deliveries(self, connection: sa.Connection, store_id: str, dataset: str) -> None:
+        """Owe a table that was made anew what is still in the spool; the rest of what it was given is gone."""
+        for kept, state in ((True, "owed"), (False, "void")):
+            of_dataset = sa.select(_segment.c.segment_id).where(_segment.c.dataset == dataset)
+            if kept:
+                of_dataset = of_dataset.where(_segment.c.removed.is_(False))
+            connection.execute(
+                _delivery.update()
+                .where(
+                    _delivery.c.store_id == store_id,
+                    _delivery.c.state == "done",
+                    _delivery.c.segment_id.in_(of_dataset),
+                )
+                .values(state=state)
+            )
 
     def distrust(self, store_id: str, dataset: str) -> None:
-        """Note that a table held rows before the ledger knew it: nothing is ever appended to it unseen."""
-        always = Covered(
-            datetime.min.replace(tzinfo=UTC),
-            datetime.max.replace(tzinfo=UTC),
-            Answer.PARTIAL,
-            False,
-            self._clock.now(),
-            None,
-        )
-        self.lay(store_id, dataset, "", {_ANY_SUBJECT: [always]})
+        """Note that keys may be anywhere in a table: nothing is ever appended to it unseen from now on."""
+        self.lay(store_id, dataset, "", {_ANY_SUBJECT: [self._distrust()]})
+
+    def _distrust(self) -> Covered:
+        always = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+        return Covered(*always, Answer.PARTIAL, False, self._clock.now(), None)
 
     def bind_dataset(self, dataset: str, request_hash: str, schema_hash: str, columns: Mapping[str, str]) -> list[str]:
         """Note the version of a dataset that is used now; return the columns that are new since an earlier version of
@@ -695,93 +733,81 @@ class Ledger:
         owner: str,
         still_owed: Callable[[Unit, Mapping[str, Sequence[Covered]]], bool],
         store_ids: Sequence[str],
-        retry: bool = False,
+        whole: Collection[str] = (),
+        begun_since: datetime | None = None,
         lease_seconds: float = LEASE_SECONDS,
     ) -> Claims:
         """Lease what of the candidates is still owed and in nobody else's hands.
 
         `still_owed` is asked inside the transaction, with the coverage of the unit's subjects (of all the stores
-        together) as it is now. A unit that overlaps living work of anyone is left (`elsewhere`); one that was dropped
-        before is settled unless `retry`. Work whose lease expired, or whose worker of this host is dead, goes on under
-        the next epoch from its cursor.
+        together, and of what is in the spool) as it is now. A unit that overlaps living work of another owner is left
+        (`elsewhere`); one that was dropped before, or failed in this run, is settled; one that was split before is
+        `too_large`, unless its id is among `whole`. Work whose lease expired, or whose worker of this host is dead,
+        goes on under the next epoch from its cursor, unless no store has the pages before it or (with `begun_since`)
+        its chain began before that.
         """
         now = self._clock.now()
         until = now + timedelta(seconds=lease_seconds)
-        taken: list[Work] = []
-        elsewhere: list[Unit] = []
+        claims = Claims([], 0, [])
         settled = 0
         with self._write() as connection:
+            span = Interval(min(unit.start for unit in candidates), max(unit.end for unit in candidates))
             subjects = list(dict.fromkeys(subject for unit in candidates for subject in unit.subjects))
             by_store = self._coverage_in(connection, store_ids, dataset, request_hash, subjects)
-            together: dict[str, list[Covered]] = defaultdict(list)
+            together = self._spooled_in(connection, dataset, request_hash, span)
             for of_subject in by_store.values():
                 for subject, pieces in of_subject.items():
                     together[subject].extend(pieces)
-            active = self._active(connection, dataset, request_hash, owner)
+            living, dead = self._leased(connection, dataset, request_hash, owner, span)
             ids = {unit.work_id(request_hash): unit for unit in candidates}
             known: dict[str, Any] = {}
             for part in _chunks(list(ids)):
                 for row in connection.execute(sa.select(_work).where(_work.c.work_id.in_(part))):
                     known[row.work_id] = row
+            lost = self._chains_lost(connection, [row for row in known.values() if row.cursor and row.rows], store_ids)
             inserts: list[dict[str, Any]] = []
             for work_id, unit in ids.items():
                 row = known.get(work_id)
                 if not still_owed(unit, together):
                     settled += 1
                     continue
-                if row is not None and row.state in (WorkState.DROPPED, WorkState.SPLIT) and not retry:
+                if row is not None and row.state == WorkState.DROPPED:
                     settled += 1
                     continue
-                if row is not None and row.state == WorkState.SEALED:
+                if row is not None and row.state == WorkState.FAILED and row.run_id == run_id:
+                    # Asked again by the next run only: a run of many steps must come to its end.
                     settled += 1
                     continue
-                hands = self._in_other_hands(active, work_id, unit, owner, now)
-                if hands is WorkState.SEALED:
-                    settled += 1
+                if row is not None and row.state == WorkState.SPLIT and work_id not in whole:
+                    claims.too_large.append(unit)
                     continue
-                if hands is WorkState.LEASED:
-                    elsewhere.append(unit)
+                if any(_overlap(unit, other) for _, other in living):
+                    claims.elsewhere.append(unit)
                     continue
-                cursor, epoch, attempt, requests, rows = None, 1, 1, 0, 0
-                subject_rows: dict[str, int] = {}
-                restarted = False
-                extent: dict[str, tuple[str, str]] = {}
-                asked_at: datetime | None = None
-                resumable = row is not None and row.state in (
-                    WorkState.LEASED,
-                    WorkState.OWED,
-                    WorkState.WAITING,
-                    WorkState.FAILED,
-                    WorkState.CANCELLED,
-                )
+                for other_id, other in dead:
+                    if other_id != work_id and _overlap(unit, other):
+                        # Its worker may wake up again and must then find that it lost the unit.
+                        self._take_away(connection, other_id)
+                work = Work(work_id, unit, request_hash, 1, 1, None)
                 if row is not None:
-                    epoch, attempt = row.epoch + 1, row.attempt + 1
-                    if resumable and row.cursor:
-                        cursor = json.loads(row.cursor)
-                        requests, rows = row.requests, row.rows
-                        subject_rows = json.loads(row.subject_rows or "{}")
-                        restarted = row.restarted
-                        extent = {name: (low, high) for name, (low, high) in json.loads(row.extent or "{}").items()}
-                        asked_at = row.asked_at
-                    elif row.rows:
+                    work = replace(work, epoch=row.epoch + 1, attempt=row.attempt + 1, chain=row.epoch + 1)
+                    resumable = row.state in _RESUMABLE and row.cursor and work_id not in lost
+                    if resumable and (begun_since is None or (row.asked_at or now) >= begun_since):
+                        work = replace(
+                            work,
+                            cursor=json.loads(row.cursor),
+                            requests=row.requests,
+                            rows=row.rows,
+                            subject_rows=json.loads(row.subject_rows or "{}"),
+                            restarted=row.restarted,
+                            extent={name: (low, high) for name, (low, high) in json.loads(row.extent or "{}").items()},
+                            asked_at=row.asked_at,
+                            chain=row.chain,
+                        )
+                    elif row.rows or row.restarted:
                         # Pages of an earlier attempt are in the stores, and this one begins anew.
-                        restarted = True
-                work = Work(
-                    work_id,
-                    unit,
-                    request_hash,
-                    epoch,
-                    attempt,
-                    cursor,
-                    requests,
-                    rows,
-                    subject_rows,
-                    restarted,
-                    extent,
-                    asked_at,
-                )
-                taken.append(work)
-                active.append((work_id, unit, owner, until))
+                        work = replace(work, restarted=True)
+                claims.work.append(work)
                 values = {
                     "run_id": run_id,
                     "plan": plan,
@@ -792,17 +818,18 @@ class Ledger:
                     "start": unit.start,
                     "end": unit.end,
                     "state": WorkState.LEASED.value,
-                    "attempt": attempt,
+                    "attempt": work.attempt,
                     "owner": owner,
-                    "epoch": epoch,
+                    "epoch": work.epoch,
                     "lease_until": until,
-                    "cursor": None if cursor is None else json.dumps(cursor),
-                    "requests": requests,
-                    "rows": rows,
-                    "subject_rows": json.dumps(subject_rows),
-                    "restarted": restarted,
-                    "extent": json.dumps(extent),
-                    "asked_at": asked_at,
+                    "cursor": None if work.cursor is None else json.dumps(work.cursor),
+                    "requests": work.requests,
+                    "rows": work.rows,
+                    "subject_rows": json.dumps(work.subject_rows),
+                    "restarted": work.restarted,
+                    "chain": work.chain,
+                    "extent": json.dumps(work.extent),
+                    "asked_at": work.asked_at,
                     "resume_at": None,
                     "error": None,
                     "changed_at": now,
@@ -813,46 +840,103 @@ class Ledger:
                     connection.execute(_work.update().where(_work.c.work_id == work_id).values(**values))
             if inserts:
                 connection.execute(_work.insert(), inserts)
-        return Claims(taken, settled, elsewhere)
+        return replace(claims, settled=settled)
 
-    def _active(
-        self, connection: sa.Connection, dataset: str, request_hash: str, owner: str
-    ) -> list[tuple[str, Unit, str, datetime | None]]:
-        """Return the units that are in hands or in the spool, but for the owner's own: a planner never yields two that
-        overlap, and what it planned before is told by its work id."""
+    def _leased(
+        self, connection: sa.Connection, dataset: str, request_hash: str, owner: str, span: Interval
+    ) -> tuple[list[tuple[str, Unit]], list[tuple[str, Unit]]]:
+        """Return the leased units of a span that living workers have, and those of dead ones or with a lease that ran
+        out; without the owner's own: a planner never yields two that overlap."""
+        now = self._clock.now()
         w = _work.c
         rows = connection.execute(
-            sa.select(w.work_id, w.unit, w.owner, w.lease_until, w.state).where(
+            sa.select(w.work_id, w.unit, w.owner, w.lease_until).where(
                 w.dataset == dataset,
                 w.request_hash == request_hash,
-                w.state.in_([WorkState.LEASED.value, WorkState.SEALED.value]),
+                w.state == WorkState.LEASED.value,
                 w.owner != owner,
+                w.start < span.end,
+                w.end > span.start,
             )
         )
-        return [
-            (row.work_id, unit_from_text(row.unit), row.owner or "", None if row.state == "sealed" else row.lease_until)
-            for row in rows
-        ]
+        living: list[tuple[str, Unit]] = []
+        dead: list[tuple[str, Unit]] = []
+        for row in rows:
+            alive = row.lease_until > now and not owner_is_dead(row.owner)
+            (living if alive else dead).append((row.work_id, unit_from_text(row.unit)))
+        return living, dead
 
-    def _in_other_hands(
-        self,
-        active: Sequence[tuple[str, Unit, str, datetime | None]],
-        work_id: str,
-        unit: Unit,
-        owner: str,
-        now: datetime,
-    ) -> WorkState | None:
-        mine = set(unit.subjects)
-        hands: WorkState | None = None
-        for other_id, other, other_owner, until in active:
-            if other.end <= unit.start or other.start >= unit.end or mine.isdisjoint(other.subjects):
-                continue
-            if until is None:  # spooled: its delivery is under way or owed, nothing is asked again
-                return WorkState.SEALED
-            living = until > now and not owner_is_dead(other_owner)
-            if living and (other_id != work_id or other_owner != owner):
-                hands = WorkState.LEASED
-        return hands
+    def _take_away(self, connection: sa.Connection, work_id: str) -> None:
+        connection.execute(
+            _work.update()
+            .where(_work.c.work_id == work_id, _work.c.state == WorkState.LEASED)
+            .values(
+                state=WorkState.OWED.value,
+                owner=None,
+                lease_until=None,
+                epoch=_work.c.epoch + 1,
+                changed_at=self._clock.now(),
+            )
+        )
+
+    def _chains_lost(self, connection: sa.Connection, rows: Sequence[Any], store_ids: Sequence[str]) -> set[str]:
+        """Return which unfinished chains have no store that has (or will get from the spool) all their pages so far:
+        to go on from their cursors would leave the first pages out for good."""
+        result: set[str] = set()
+        for row in rows:
+            in_chain = (_part.c.work_id == row.work_id) & (_part.c.chain == row.chain)
+            parts = connection.execute(sa.select(sa.func.count()).select_from(_part).where(in_chain)).scalar() or 0
+            had = connection.execute(
+                sa.select(sa.func.count())
+                .select_from(_part.join(_delivery, _delivery.c.segment_id == _part.c.segment_id))
+                .where(in_chain, _delivery.c.store_id.in_(list(store_ids)), _delivery.c.state.in_(["owed", "done"]))
+                .group_by(_delivery.c.store_id)
+            ).scalars()
+            if max(had, default=0) < parts:
+                result.add(row.work_id)
+        return result
+
+    def _spooled_in(
+        self, connection: sa.Connection, dataset: str, request_hash: str, span: Interval | None
+    ) -> dict[str, list[Covered]]:
+        query = sa.select(_work).where(
+            _work.c.dataset == dataset,
+            _work.c.request_hash == request_hash,
+            _work.c.state == WorkState.SEALED.value,
+        )
+        if span is not None:
+            query = query.where(_work.c.start < span.end, _work.c.end > span.start)
+        result: dict[str, list[Covered]] = defaultdict(list)
+        for row in connection.execute(query):
+            for subject, pieces in _answers_of(row).items():
+                result[subject].extend(pieces)
+        return result
+
+    def spooled(self, dataset: str, request_hash: str) -> dict[str, list[Covered]]:
+        """Return subject -> what was answered, is in the spool as a whole and not yet in every store."""
+        with self._read() as connection:
+            return self._spooled_in(connection, dataset, request_hash, None)
+
+    def unfinished(self, dataset: str, request_hash: str) -> list[Unit]:
+        """Return the units that were left in the middle of their pages and that nobody works on, the newest first."""
+        now = self._clock.now()
+        w = _work.c
+        with self._read() as connection:
+            rows = connection.execute(
+                sa.select(w.unit, w.state, w.owner, w.lease_until)
+                .where(
+                    w.dataset == dataset,
+                    w.request_hash == request_hash,
+                    w.state.in_(_RESUMABLE),
+                    w.cursor.is_not(None),
+                )
+                .order_by(w.start.desc(), w.work_id)
+            ).all()
+        return [
+            unit_from_text(row.unit)
+            for row in rows
+            if row.state != WorkState.LEASED or row.lease_until <= now or owner_is_dead(row.owner)
+        ]
 
     def renew(self, owner: str, lease_seconds: float = LEASE_SECONDS) -> int:
         """Renew every lease of the owner; return how many it holds."""
@@ -960,7 +1044,12 @@ class Ledger:
                 connection.execute(
                     _part.insert(),
                     [
-                        {"segment_id": segment.segment_id, "work_id": part.work.work_id, "rows": part.rows}
+                        {
+                            "segment_id": segment.segment_id,
+                            "work_id": part.work.work_id,
+                            "chain": part.work.chain,
+                            "rows": part.rows,
+                        }
                         for part in parts
                     ],
                 )
@@ -986,22 +1075,44 @@ class Ledger:
                 for hash_, pieces in by_subject.items():
                     self._lay_in(connection, store, segment.dataset, hash_, pieces)
 
-    def fresh(self, store_id: str, dataset: str, segment_ids: Sequence[str]) -> bool:
-        """Return whether no row of the segments can be in the store already (so that they may be appended)."""
+    def fresh(self, store_id: str, schema: Schema, segments: Sequence[Segment]) -> bool:
+        """Return whether no row of the segments (of one lane) can be in the store already, so that they may be
+        appended: keys hold the time and the subjects, by which coverage tells what is there or may be on its way."""
+        if schema.time is None or schema.time not in schema.key:
+            return False
         with self._read() as connection:
-            works = self._works_of(connection, segment_ids)
+            works = self._works_of(connection, [segment.segment_id for segment in segments])
             if any(row.restarted for row in works):
                 return False
-            units = [(row.work_id, unit_from_text(row.unit)) for row in works]
-            subjects = list(dict.fromkeys(subject for _, unit in units for subject in unit.subjects))
-            known = self._coverage_in(connection, [store_id], dataset, None, [*subjects, _ANY_SUBJECT])[store_id]
+            units = {row.work_id: unit_from_text(row.unit) for row in works}
+            if not all(_keeps_apart(schema, unit) for unit in units.values()):
+                return False
+            subjects = list(dict.fromkeys(subject for unit in units.values() for subject in unit.subjects))
+            chosen = [*subjects, _ANY_SUBJECT]
+            known = self._coverage_in(connection, [store_id], segments[0].dataset, None, chosen)[store_id]
+            others = connection.execute(
+                sa.select(_work.c.work_id, _work.c.unit)
+                .join(_part, _part.c.work_id == _work.c.work_id)
+                .join(_segment, _segment.c.segment_id == _part.c.segment_id)
+                .join(_delivery, _delivery.c.segment_id == _part.c.segment_id)
+                .where(
+                    _delivery.c.store_id == store_id,
+                    _delivery.c.state == "owed",
+                    _segment.c.dataset == segments[0].dataset,
+                    _segment.c.lane != segments[0].lane,
+                    _part.c.rows > 0,
+                )
+                .distinct()
+            ).all()
         if known.get(_ANY_SUBJECT):
             return False
+        # What another lane still owes may be there without a word of it: whoever delivers it died before he told.
+        unsaid = [unit_from_text(row.unit) for row in others if row.work_id not in units]
         return not any(
             touches(known.get(subject, ()), Interval(unit.window_start, unit.window_end), work_id)
-            for work_id, unit in units
+            for work_id, unit in units.items()
             for subject in unit.subjects
-        )
+        ) and not any(_windows_overlap(unit, other) for unit in units.values() for other in unsaid)
 
     def _works_of(self, connection: sa.Connection, segment_ids: Sequence[str]) -> list[Any]:
         works: dict[str, Any] = {}
@@ -1013,7 +1124,8 @@ class Ledger:
         return list(works.values())
 
     def owed_deliveries(self, store_id: str, dataset: str, host: str, lane: str | None = None) -> list[Segment]:
-        """Return the segments of this host that the store still has to get, by lane and in order."""
+        """Return the segments of this host that the store still has to get, in the order they were sealed (within a
+        lane in that of the lane)."""
         query = (
             sa.select(_segment)
             .join(_delivery, _delivery.c.segment_id == _segment.c.segment_id)
@@ -1023,7 +1135,7 @@ class Ledger:
                 _segment.c.dataset == dataset,
                 _segment.c.host == host,
             )
-            .order_by(_segment.c.lane, _segment.c.seq)
+            .order_by(_segment.c.sealed_at, _segment.c.lane, _segment.c.seq)
         )
         if lane is not None:
             query = query.where(_segment.c.lane == lane)
@@ -1052,44 +1164,44 @@ class Ledger:
                         .values(inserted=inserted, updated=updated, unchanged=unchanged)
                     )
             works = self._works_of(connection, ids)
-            waiting = self._on_their_way(connection, store_id, [row.work_id for row in works])
+            incomplete = self._incomplete(connection, store_id, [row.work_id for row in works])
+            with_rows: set[str] = set()
+            for part in _chunks(ids):
+                held = sa.select(_part.c.work_id).where(_part.c.segment_id.in_(part), _part.c.rows > 0)
+                with_rows.update(connection.scalars(held))
             pieces: dict[tuple[str, str], dict[str, list[Covered]]] = defaultdict(lambda: defaultdict(list))
             whole: list[str] = []
             for row in works:
                 unit = unit_from_text(row.unit)
-                rows_of = json.loads(row.subject_rows or "{}")
                 target = pieces[unit.dataset, row.request_hash]
-                if row.state in (WorkState.SEALED, WorkState.DELIVERED) and row.work_id not in waiting:
+                window = Interval(unit.window_start, unit.window_end)
+                done = row.state in (WorkState.SEALED, WorkState.DELIVERED) and row.work_id not in incomplete
+                if row.work_id in with_rows and (not done or window != unit.span):
+                    # Rows are there of which no coverage tells: of a chain that goes on, or beside what was owed.
+                    mark = WHOLE_WINDOW if done else row.work_id
+                    asked_at = row.asked_at or now
+                    for subject in unit.subjects:
+                        target[subject].append(Covered(*window, Answer.PARTIAL, False, asked_at, None, mark))
+                if done:
                     whole.append(row.work_id)
-                    for subject in unit.subjects:
-                        count = rows_of.get(subject, row.rows if len(unit.subjects) == 1 else 0)
-                        target[subject].extend(_answers(unit, row, count))
-                elif row.rows and row.state != WorkState.NOT_YET:
-                    for subject in unit.subjects:
-                        target[subject].append(
-                            Covered(
-                                unit.window_start,
-                                unit.window_end,
-                                Answer.PARTIAL,
-                                False,
-                                row.asked_at or now,
-                                None,
-                                row.work_id,
-                            )
-                        )
+                    for subject, answers in _answers_of(row).items():
+                        target[subject].extend(answers)
             for (dataset, request_hash), of_subject in pieces.items():
                 self._lay_in(connection, store_id, dataset, request_hash, of_subject)
             self._mark_delivered(connection, whole)
             return self._finished_paths(connection, ids)
 
-    def _on_their_way(self, connection: sa.Connection, store_id: str, work_ids: Sequence[str]) -> set[str]:
+    def _incomplete(self, connection: sa.Connection, store_id: str, work_ids: Sequence[str]) -> set[str]:
+        """Return which units have a page (of their chain as it is now) that the store has not."""
         result: set[str] = set()
         for part in _chunks(list(work_ids)):
+            there = (_delivery.c.segment_id == _part.c.segment_id) & (_delivery.c.store_id == store_id)
             result.update(
                 connection.scalars(
                     sa.select(_part.c.work_id)
-                    .join(_delivery, _delivery.c.segment_id == _part.c.segment_id)
-                    .where(_part.c.work_id.in_(part), _delivery.c.store_id == store_id, _delivery.c.state == "owed")
+                    .join(_work, (_work.c.work_id == _part.c.work_id) & (_work.c.chain == _part.c.chain))
+                    .outerjoin(_delivery, there)
+                    .where(_part.c.work_id.in_(part), sa.or_(_delivery.c.state.is_(None), _delivery.c.state != "done"))
                 )
             )
         return result
@@ -1328,6 +1440,32 @@ class Ledger:
             )
             connection.execute(_run.delete().where(_run.c.ended < before))
         return gone
+
+
+def _overlap(a: Unit, b: Unit) -> bool:
+    return a.start < b.end and b.start < a.end and not set(a.subjects).isdisjoint(b.subjects)
+
+
+def _windows_overlap(a: Unit, b: Unit) -> bool:
+    apart = a.window_start >= b.window_end or b.window_start >= a.window_end
+    return not apart and not set(a.subjects).isdisjoint(b.subjects)
+
+
+def _keeps_apart(schema: Schema, unit: Unit) -> bool:
+    """Return whether rows of different subjects and windows of such units never share a key."""
+    assert schema.time is not None
+    if unit.session is not None and schema[schema.time].type is not ColumnType.DATE:
+        return False  # the night before a session is asked for with it
+    names = [name for name, _ in unit.values]
+    return (len(names) <= 1 and (not names or schema.subject in schema.key)) or set(names) <= set(schema.key)
+
+
+def _answers_of(row: Any) -> dict[str, list[Covered]]:
+    """Return subject -> the coverage that a finished unit amounts to."""
+    unit = unit_from_text(row.unit)
+    rows_of = json.loads(row.subject_rows or "{}")
+    alone = row.rows if len(unit.subjects) == 1 else 0
+    return {subject: _answers(unit, row, rows_of.get(subject, alone)) for subject in unit.subjects}
 
 
 def _answers(unit: Unit, row: Any, count: int) -> list[Covered]:

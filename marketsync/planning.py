@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import product
 
@@ -172,14 +172,13 @@ def _values(dataset: Dataset, group: Sequence[Subject]) -> tuple[tuple[str, tupl
     )
 
 
-def halves(unit: Unit, *, smallest: timedelta) -> tuple[Unit, Unit] | None:
+def halves(dataset: Dataset, unit: Unit, *, smallest: timedelta) -> tuple[Unit, Unit] | None:
     """Return the unit cut in two at about its middle (at midnight when it is longer than two days), or, when it has
     several subjects and cannot be cut in time, its subjects in two; None when neither can be."""
-    from dataclasses import replace
-
     length = unit.end - unit.start
-    whole = (unit.window_start, unit.window_end) != (unit.start, unit.end)
-    if not whole and unit.session is None and length >= 2 * smallest:
+    # Only a window that the request names can be made smaller.
+    by_time = dataset.over.window is not None and not dataset.whole_windows and unit.session is None
+    if by_time and length >= 2 * smallest:
         middle = unit.start + length / 2
         grain = timedelta(days=1) if length > timedelta(days=2) else smallest
         middle = unit.start + max(grain, (middle - unit.start) // grain * grain)

@@ -76,17 +76,17 @@ def deliver_segments(
         frame = pl.concat(loaded) if len(loaded) > 1 else loaded[0]
         frame = frame.with_columns(pl.lit(clock.now()).cast(pl.Datetime("us", "UTC")).alias(INGESTED_COLUMN))
         rows = frame.height
-        ids = [segment.segment_id for segment in segments if segment.seq > there]
+        rest = [segment for segment in segments if segment.seq > there]
         # Where rows can become durable without their lane, what was begun before may be there in part.
         certain = not again or target.store.capabilities.transactions
-        mode = Mode.APPEND if certain and ledger.fresh(target.store_id, dataset, ids) else Mode.UPSERT
+        mode = Mode.APPEND if certain and ledger.fresh(target.store_id, schema, rest) else Mode.UPSERT
         if mode is Mode.UPSERT and len(loaded) > 1:
             frame = frame.unique(subset=list(schema.key), keep="last", maintain_order=True)
         batch = Batch(dataset, schema, lane, segments[-1].seq, frame, mode)
         written = target.store.write(batch)
         # Rows that a crash let be written before, and rows that a later one of this delivery replaced, are there.
-        rest = rows - written.inserted - written.updated - written.unchanged
-        written = Written(written.inserted, written.updated, written.unchanged + rest + already, written.already)
+        others = rows - written.inserted - written.updated - written.unchanged
+        written = Written(written.inserted, written.updated, written.unchanged + others + already, written.already)
     finished = ledger.delivered(target.store_id, segments, written.inserted, written.updated, written.unchanged)
     if finished:
         spool.remove(finished)
@@ -261,13 +261,11 @@ def deliver_owed(
 ) -> int:
     """Deliver what earlier runs of this host left in the spool for a store; return how many rows.
 
-    Lanes whose process is alive are left to it.
+    Older lanes go first, so that what was asked later has the last word. Lanes whose process is alive are left to it.
     """
-    by_lane: dict[str, list[Segment]] = defaultdict(list)
-    for segment in ledger.owed_deliveries(target.store_id, dataset, host):
-        by_lane[segment.lane].append(segment)
+    lanes = dict.fromkeys(segment.lane for segment in ledger.owed_deliveries(target.store_id, dataset, host))
     delivered = 0
-    for lane, segments in by_lane.items():
+    for lane in lanes:
         hold = f"lane:{lane}"
         if not ledger.hold(hold, owner):
             continue
@@ -400,7 +398,7 @@ def check_target(target: Target, dataset: str, schema: Schema, ledger: Ledger) -
         marker = target.store.ensure(dataset, schema)
     except OSError as error:
         raise StoreError(f"store {target.store_id} ({target.store.url}) cannot be opened: {error}") from error
-    binding = ledger.bind_store(target.store_id, dataset, target.store.url, marker)
-    if binding is not Binding.SAME and target.store.count(dataset):
-        ledger.distrust(target.store_id, dataset)
+    binding = ledger.bind_store(
+        target.store_id, dataset, target.store.url, marker, lambda: target.store.count(dataset) > 0
+    )
     return binding is not Binding.CHANGED

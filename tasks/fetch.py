@@ -22,7 +22,7 @@ from marketsync.definition import Verdict
 from marketsync.durations import parse_span
 from marketsync.errors import Interrupted, LeaseLost, WaitingForQuota
 from marketsync.ledger import Segment, Work, WorkState
-from marketsync.planning import Unit, halves
+from marketsync.planning import Unit
 from providers.client import Ask, Outcome
 from storage.protocol import Written
 from tasks.deliver import Deliverer
@@ -77,6 +77,7 @@ class UnitSource:
         self._chunk = max(2, threads)
         self._largest = max(8, threads * 8)
         self._planned: Iterator[Unit] = iter(())
+        self._whole: set[str] = set()  # work ids of units that were split once and now cannot be
         self.elsewhere = 0
         self.plan()
 
@@ -107,7 +108,14 @@ class UnitSource:
                     owner=self._owner,
                     still_owed=self._scope.still_owed,
                     store_ids=self._scope.store_ids,
+                    whole=self._whole,
+                    begun_since=self._scope.run_started if self._scope.options.refetch else None,
                 )
+                for unit in claims.too_large:
+                    parts = self._scope.halves(unit)
+                    if parts is None:
+                        self._whole.add(unit.work_id(self._scope.request_hash))
+                    self._asked.extend(parts or (unit,))
                 self._ready.extend(claims.work)
                 self.elsewhere += len(claims.elsewhere)
                 self._tally.add(units=len(claims.work))
@@ -455,7 +463,7 @@ class Fetcher:
             self._failures_in_a_row = 0
 
     def _split(self, work: Work, source: UnitSource, writer: SegmentWriter, outcome: Outcome) -> None:
-        parts = halves(work.unit, smallest=self._scope.grain)
+        parts = self._scope.halves(work.unit)
         if parts is None:
             self._tally.add(failed=1)
             self._note(

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 from marketsync.calendars import Calendar, load_calendar
 from marketsync.clock import Clock, SystemClock
 from marketsync.configuration import Loaded, load_configuration
-from marketsync.coverage import Covered, Interval, merged, owed, within
+from marketsync.coverage import Covered, Interval, merged, minus, owed, within
 from marketsync.definition import Dataset, Definition, request_hash
 from marketsync.durations import Unit as SpanUnit
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch, Gated, seal
 from marketsync.ledger import Ledger, WorkState, this_owner
-from marketsync.planning import Subject, Unit, day_start, instant, subjects_of, units
+from marketsync.planning import Subject, Unit, day_start, halves, instant, subjects_of, units
 from marketsync.schema import ColumnType, Schema
 from marketsync.timing import Timing
 from marketsync.upstream import Plan, Tuning, Upstream
@@ -390,24 +390,27 @@ class Scope:
         return any(within(self.owed_of(subject, covered.get(subject, ())), span) for subject in unit.subjects)
 
     def coverage(self) -> dict[str, list[Covered]]:
-        """Return the coverage of each subject in all of the plan's stores together."""
+        """Return the coverage of each subject in all of the plan's stores, and in the spool, together."""
         together: dict[str, list[Covered]] = {}
         names = None if len(self.subjects) > 2000 else [subject.name for subject in self.subjects]
         known = self.ledger.coverage(self.store_ids, self.dataset, self.request_hash, names)
-        for of_subject in known.values():
+        for of_subject in (*known.values(), self.ledger.spooled(self.dataset, self.request_hash)):
             for subject, pieces in of_subject.items():
                 together.setdefault(subject, []).extend(pieces)
         return together
 
-    def plan_units(self):
-        """Yield the units that ask for everything owed, by the coverage as it is now."""
+    def plan_units(self) -> Iterator[Unit]:
+        """Yield the units that ask for everything owed, by the coverage as it is now: chains that were left in the
+        middle go on first, as long as all of what they ask for is still owed."""
         known = self.coverage()
-        return units(
-            self.dataset,
-            self.spec,
-            self.subjects,
-            lambda subject: self.owed_of(subject, known.get(subject, ())),
-            sessions=self.sessions,
+        owed_by = {subject.name: self.owed_of(subject.name, known.get(subject.name, ())) for subject in self.subjects}
+        for unit in () if self.options.refetch else self.ledger.unfinished(self.dataset, self.request_hash):
+            if all(within(owed_by.get(subject, ()), [unit.span]) == [unit.span] for subject in unit.subjects):
+                for subject in unit.subjects:
+                    owed_by[subject] = minus(owed_by[subject], [unit.span])
+                yield unit
+        yield from units(
+            self.dataset, self.spec, self.subjects, lambda subject: owed_by[subject], sessions=self.sessions
         )
 
     def sessions(self, start: datetime, end: datetime) -> list[date]:
@@ -417,6 +420,10 @@ class Scope:
         first = start.date() if start == day_start(start.date()) else start.date() + timedelta(days=1)
         last = end.date() if end == day_start(end.date()) else end.date() + timedelta(days=1)
         return self.calendar.sessions(first, last)
+
+    def halves(self, unit: Unit) -> tuple[Unit, Unit] | None:
+        """Return the two units that together ask for what one answer cannot hold; None when it cannot be cut."""
+        return halves(self.spec, unit, smallest=self.grain)
 
     def priority(self, unit: Unit) -> int:
         """Return how urgent a unit is: today's sessions before any backfill, then by the plan's priority."""
