@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from marketsync.errors import ConfigurationError, ExitCode, MarketSyncError
 
+if TYPE_CHECKING:
+    import typer
 
-def build():
-    """Return the Typer application."""
+
+MODULES = {
+    "quickstart": ("quickstart",),
+    "init": ("init",),
+    "check": ("check",),
+    "sync": ("sync", "estimate"),
+    "plan": ("plan",),
+    "look": ("status", "report", "explain", "query"),
+    "control": ("pause", "resume", "cancel", "schedule"),
+    "catalog": ("providers", "datasets"),
+    "replica": ("replica",),
+}
+
+
+def build(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Return the Typer application: the module of the command that is asked for, or all of them."""
     import importlib
 
     import typer
@@ -23,8 +41,11 @@ def build():
         help="Keeps market data right, where its owner needs it: fetched inside every limit, complete against the "
         "calendar, in any store.",
     )
-    for name in ("quickstart", "init", "check", "sync", "plan", "look", "control", "catalog", "replica"):
-        importlib.import_module(f"cli.{name}").register(app)
+    app.callback()(lambda: None)
+    # What is imported at every start is paid for by every nightly run, so only what is needed is.
+    asked = [module for module, commands in MODULES.items() if arguments and arguments[0] in commands]
+    for module in asked or MODULES:
+        importlib.import_module(f"cli.{module}").register(app)
     return app
 
 
@@ -36,7 +57,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:
-        build()()
+        build(sys.argv[1:])()
     except ConfigurationError as error:
         for problem in error.problems:
             sys.stderr.write(f"{problem}\n")
@@ -49,6 +70,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(int(ExitCode.DONE))
+    except Exception as error:
+        database = sys.modules.get("sqlalchemy.exc")
+        if database is None or not isinstance(error, database.SQLAlchemyError):
+            raise
+        cause = getattr(error, "orig", None) or error
+        sys.stderr.write(f"the ledger failed: {cause}; see `ledger` and `state` in upstream.yml, then run again\n")
+        sys.exit(int(ExitCode.FAILED))
 
 
 _asked = 0

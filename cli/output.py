@@ -49,3 +49,16 @@ def length(seconds: float) -> str:
         return f"{minutes:.0f} min"
     hours = minutes / 60
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def program() -> str:
+    """Return how this command is called here: by its name when that is on the PATH, else by its path."""
+    import os
+    import shutil
+
+    found = shutil.which("marketsync")
+    here = sys.argv[0]
+    if found and os.path.realpath(found) == os.path.realpath(here):
+        return "marketsync"
+    near = os.path.relpath(here)
+    return here if near.startswith("..") else near

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import say
+from cli.output import program, say
 from marketsync.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def quickstart(
         say("Everything was here already: no request was sent.")
     say("")
     say("Type next:")
+    me = program()
     sql = "SELECT symbol, count(*) AS bars, max(close) AS highest FROM alpaca.daily_bars GROUP BY symbol"
-    say(f'  marketsync query "{sql}" -c {config}')
-    say(f"  marketsync explain alpaca.daily_bars IBM 2001-09-12 -c {config}")
+    say(f'  {me} query "{sql}" -c {config}')
+    say(f"  {me} explain alpaca.daily_bars IBM 2001-09-12 -c {config}")
     say(f"  open {file}   # the report with the coverage of every month")
-    say(f"  marketsync replica --port {PORT} &  then: marketsync sync -c {config} --refetch")
-    say("  marketsync init myproject   # your own configuration, for a real provider")
+    say(f"  {me} replica --port {PORT} &  then: {me} sync -c {config} --refetch")
+    say(f"  {me} init myproject   # your own configuration, for a real provider")
     code = int(report.state.exit_code)
     if code:
         raise typer.Exit(code)

@@ -17,8 +17,12 @@ def register(app: typer.Typer) -> None:
 
 def replica(
     port: Annotated[int, typer.Option("--port", help="The loopback port; 0 takes a free one.")] = 8740,
-    faults: Annotated[Path | None, typer.Option("--faults", help="A schedule of faults to inject.")] = None,
-    data: Annotated[str, typer.Option("--data", help="bokeh, or generated:ROWS.")] = "bokeh",
+    faults: Annotated[
+        Path | None, typer.Option("--faults", help="A YAML file: faults to inject, limits, delay, data.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="bokeh (the default), or generated:ROWS.", show_default=False)
+    ] = None,
     log: Annotated[Path | None, typer.Option("--log", help="Append one JSON object a request to this file.")] = None,
 ) -> None:
     """Serve real bars over the protocols of Alpaca, Tushare and Nasdaq Data Link on this machine, until Ctrl-C."""
