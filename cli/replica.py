@@ -17,9 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def replica(
     port: Annotated[int, typer.Option("--port", help="The loopback port; 0 takes a free one.")] = 8740,
-    faults: Annotated[
-        Path | None, typer.Option("--faults", help="A YAML file: faults to inject, limits, delay, data.")
-    ] = None,
+    faults: Annotated[Path | None, typer.Option("--faults", help="A YAML file of faults, limits, delay.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="bokeh (the default), or generated:ROWS.", show_default=False)
     ] = None,
