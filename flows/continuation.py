@@ -87,12 +87,14 @@ def accounts(workspace: Workspace, report: RunReport) -> list[str]:
 
 
 def key_of(plan: str, accounts: list[str], at: datetime, parameters: Mapping[str, Any]) -> str:
-    """Return the idempotency key plan:account:window, and a hash where parameters narrow or widen the run."""
-    special = {name: value for name, value in parameters.items() if value and name not in ("plan", "config")}
-    parts = [plan, "+".join(accounts), f"{at.astimezone(UTC):%Y-%m-%dT%H:%MZ}"]
-    if special:
-        parts.append(hashlib.sha256(json.dumps(special, sort_keys=True, default=str).encode()).hexdigest()[:12])
-    return ":".join(parts)
+    """Return the idempotency key plan:account:window:parameters, the last as a hash.
+
+    Deployments of one plan share a continuation, so that a run by hand and one on schedule do not double it; another
+    configuration, range or choice of symbols has its own.
+    """
+    given = {name: value for name, value in parameters.items() if value and name != "plan"}
+    told = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return f"{plan}:{'+'.join(accounts)}:{at.astimezone(UTC):%Y-%m-%dT%H:%MZ}:{told}"
 
 
 def is_caught_up(report: RunReport, options: Options) -> bool:

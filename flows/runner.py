@@ -25,8 +25,11 @@ from prefect.states import Completed, Failed
 
 from marketsync.definition import Verdict
 from marketsync.errors import Interrupted, MarketSyncError, WaitingForQuota
+from marketsync.rendering.words import many, share
+from marketsync.report import DatasetReport
 from tasks.fetch import Fetched
 from tasks.runner import Pending
+from tasks.steps import Prepared
 from tasks.watch import interrupt_all
 
 INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a run is to stop
@@ -137,27 +140,47 @@ def step_as_task(step: Callable[..., Any]) -> Task[..., Any]:
 
 
 def _told(result: Any) -> Any:
-    """Return a fetching step's result in a state that tells a person what came of it; any other result as it is."""
-    if not isinstance(result, Fetched):
-        return result
+    """Return what a step returned in a state that tells a person what came of it."""
+    if isinstance(result, Fetched):
+        return _fetched(result)
+    if isinstance(result, Prepared):
+        parts = ["the tables are ready" if not result.stores_down else "; ".join(result.stores_down.values())]
+        if result.drained:
+            parts.append(f"{many(result.drained, 'row')} of an earlier run delivered")
+        if result.copied:
+            parts.append(f"{many(result.copied, 'row')} copied from another store")
+        return Completed(message="; ".join(parts), data=result)
+    if isinstance(result, list) and result and all(isinstance(part, DatasetReport) for part in result):
+        return Completed(message="; ".join(_judged(part) for part in result), data=result)
+    return result
+
+
+def _fetched(result: Fetched) -> State[Any]:
     logger = get_run_logger()
     for note in result.notes[:SHOWN_REMARKS]:
         logger.warning("%s: %s %s", note.kind, f"{note.dataset} {note.subject}".strip(), note.message)
     if len(result.notes) > SHOWN_REMARKS:
-        logger.warning("%s more remarks are in the report", len(result.notes) - SHOWN_REMARKS)
+        logger.warning("%s are in the report", many(len(result.notes) - SHOWN_REMARKS, "more remark"))
     counts = result.counts
-    message = f"{counts.fetched:,} rows of {counts.sent:,} requests, {counts.done:,} of {counts.units:,} units done"
-    if result.halt is not None and result.halt.verdict is Verdict.QUOTA:
-        return _named(result, "WaitingForQuota", f"{message}; {result.halt.message}")
+    rows, requests = many(counts.fetched, "row"), many(counts.sent, "request")
+    message = f"{rows} of {requests}, {counts.done:,} of {many(counts.units, 'unit')} done"
     if result.halt is not None:
-        return _named(result, "Stopped", f"{message}; {result.halt.message}")
+        name = "WaitingForQuota" if result.halt.verdict is Verdict.QUOTA else "Stopped"
+        return Completed(name=name, message=f"{message}; {result.halt.message}", data=result)
     if result.stopped is not None:
-        return _named(result, "Cancelled" if result.stopped == "cancelled" else "Paused", message)
-    return _named(result, "GoesOn" if result.more else "Completed", message)
+        name = "Cancelled" if result.stopped == "cancelled" else "Paused"
+        return Completed(name=name, message=message, data=result)
+    return Completed(name="GoesOn" if result.more else "Completed", message=message, data=result)
 
 
-def _named(result: Any, name: str, message: str) -> State[Any]:
-    return Completed(name=name, message=message, data=result)
+def _judged(part: DatasetReport) -> str:
+    if part.state:
+        return f"{part.store}: {part.state}"
+    rows = "no table yet" if part.size is None else many(part.size.rows, "row")
+    if part.judgement is None:
+        return f"{part.store}: {rows}"
+    missing = many(part.judgement.missing, "session")
+    return f"{part.store}: {rows}, {share(part.judgement.completeness)} complete, {missing} missing"
 
 
 class Stoppable:
