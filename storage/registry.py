@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from marketsync.errors import ConfigurationError
 from storage.protocol import Store
 
-# scheme: (module with `open_url(url, name)`, the package it needs, the extra that installs it)
+# scheme: (module with `open_url(url, name)`, the package it needs, the extra of ours that installs it)
 ENGINES = {
-    "chdb": ("storage.clickhouse", "chdb", "clickhouse"),
+    "chdb": ("storage.clickhouse", "chdb", "[clickhouse]"),
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
     "parquet": ("storage.parquet", "polars", ""),
@@ -30,7 +30,8 @@ def open_store(url: str, name: str | None = None) -> Store:
     module, package, extra = ENGINES[scheme]
     if find_spec(package) is None:
         raise ConfigurationError(
-            f"a {scheme}:// store needs the package {package}; install it with: pip install 'marketsync[{extra}]'"
+            f"a {scheme}:// store needs the package {package}, which is not installed; "
+            f"where MarketSync is checked out, run: pip install -e '.{extra}'"
         )
     return import_module(module).open_url(url, name or _shown(url))
 
