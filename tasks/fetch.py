@@ -57,6 +57,7 @@ class Fetched:
     dataset: str
     counts: Counts = field(default_factory=Counts)
     notes: list[Note] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)  # notes there was no room for, by kind
     more: bool = False  # time was up; units are still owed
     halt: Halt | None = None
     stopped: str | None = None  # paused, cancelled, maintenance, interrupted
@@ -235,6 +236,7 @@ class Fetcher:
         result.stopped = None if self._watch.stop is None else str(self._watch.stop)
         result.counts = self._tally.counts
         result.notes = self._tally.notes
+        result.left_out = dict(self._tally.left_out)
         result.stores = self._tally.stores
         result.ended = self._clock.now()
         return result
@@ -256,6 +258,9 @@ class Fetcher:
         return self._deadline is not None and self._clock.timestamp() >= self._deadline
 
     def _over(self) -> bool:
+        if self._halt is None:
+            # Another dataset of the provider may have learned that nothing more is to be asked of it.
+            self._halt = self._scope.halt
         return self._halt is not None or self._watch.stop is not None or self._broken is not None or self._time_is_up()
 
     def _pull(self, source: UnitSource, writer: SegmentWriter) -> None:
@@ -313,7 +318,7 @@ class Fetcher:
             except BaseException:
                 writer.forgo()
                 raise
-            self._tally.add(sent=1, bytes=outcome.bytes)
+            self._tally.add(sent=outcome.requests, bytes=outcome.bytes)
             verdict = outcome.verdict
             if verdict in (Verdict.ROWS, Verdict.EMPTY):
                 attempt = cooled = 0
@@ -430,9 +435,9 @@ class Fetcher:
         message: str,
     ) -> None:
         self._tally.add(waiting=1)
-        self._note_text("waiting", work.unit, message, resume_at=until)
+        if self._stop_all(Halt(Verdict.QUOTA, message, until)):
+            self._note_text("waiting", work.unit, message, resume_at=until)
         self._leave(work, writer, cursor, WorkState.WAITING, resume_at=until, error=message)
-        self._stop_all(Halt(Verdict.QUOTA, message, until))
 
     def _failed_unit(
         self, work: Work, writer: SegmentWriter, cursor: Mapping[str, object] | None, outcome: Outcome
@@ -483,7 +488,7 @@ class Fetcher:
             source.put_first(part)
 
     def _stop(self, work: Work, writer: SegmentWriter, cursor: Mapping[str, object] | None, outcome: Outcome) -> None:
-        self._tally.add(failed=1)
+        verdict = Verdict.STOP_PROVIDER if outcome.verdict is Verdict.REFRESH_AUTH else outcome.verdict
         what = {
             Verdict.STOP_PROVIDER: f"the key of {self._scope.upstream_name} is refused: nothing more is asked of it",
             Verdict.REFRESH_AUTH: f"the token of {self._scope.upstream_name} is refused even when it is fresh",
@@ -492,16 +497,20 @@ class Fetcher:
         if outcome.verdict is Verdict.FAIL and outcome.raw:
             kept = self._scope.keep_answer(work.work_id, outcome.raw)
             what = f"{what}; it is kept in {kept}"
-        self._note("stopped", work.unit, outcome, what)
-        self._leave(work, writer, cursor, WorkState.FAILED, outcome)
-        verdict = Verdict.STOP_PROVIDER if outcome.verdict is Verdict.REFRESH_AUTH else outcome.verdict
-        self._stop_all(Halt(verdict, _said(outcome, what)))
+        if self._stop_all(Halt(verdict, _said(outcome, what))):
+            self._tally.add(failed=1)
+            self._note("stopped", work.unit, outcome, what)
+            self._leave(work, writer, cursor, WorkState.FAILED, outcome)
+        else:  # others were under way when it was told: they are not at fault, and it is told once
+            self._leave(work, writer, cursor, WorkState.OWED)
 
-    def _stop_all(self, halt: Halt) -> None:
+    def _stop_all(self, halt: Halt) -> bool:
+        """Let nothing more be asked; return whether this is the first to say so."""
         with self._lock:
-            if self._halt is None:
+            first = self._halt is None
+            if first:
                 self._halt = halt
-        self._scope.halted(halt)
+        return self._scope.halted(halt) and first
 
     def _note(self, kind: str, unit: Unit, outcome: Outcome, what: str) -> None:
         self._note_text(kind, unit, _said(outcome, what), outcome.label)

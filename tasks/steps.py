@@ -148,9 +148,8 @@ def prepare(task: Task) -> Prepared:
 def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fetched:
     """Fetch what is owed, for at most about `seconds`; what is then still owed is told by `more`."""
     scope = task.scope()
-    halt = scope.workspace.halts.get((task.run_id, scope.upstream_name))
-    if halt is not None:
-        return Fetched(task.dataset, halt=halt)
+    if scope.halt is not None:
+        return Fetched(task.dataset, halt=scope.halt)
     tally = tally_of(task.run_id)
     with Watch(
         scope.ledger,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -36,6 +37,7 @@ from tasks.fetch import Fetched
 from tasks.runner import Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
 from tasks.tally import Counts, Note
+from tasks.watch import Sync, Watch
 from tasks.workspace import Options, Scope, Workspace, open_workspace
 
 ERRORS = ("failed", "stopped", "store")
@@ -281,6 +283,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
     """Put together what the steps gave."""
     counts = Counts()
     notes: list[Note] = []
+    left_out: Counter[str] = Counter()
     down: dict[str, str] = {}
     halts = []
     stopped: set[str] = set()
@@ -292,6 +295,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         for part in outcome.fetched:
             counts = counts.plus(part.counts)
             notes.extend(part.notes)
+            left_out.update(part.left_out)
             down.update(part.stores_down)
             if part.halt is not None:
                 halts.append(part.halt)
@@ -393,6 +397,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         started=run.started,
         ended=now,
         remarks=tuple(remark for remark in remarks if remark.kind not in ERRORS),
+        left_out=dict(left_out),
         datasets=tuple(judged),
         timings={
             phase: round(sum(outcome.timings.get(phase, 0.0) for outcome in outcomes), 3)
@@ -473,27 +478,28 @@ def sync(
         workspace.plan(name)
     sweep(path)
     reports: list[RunReport] = []
-    for name in names:
-        while True:
-            report = run_once(path, name, options, begun=begun, workers=workers)
-            waiting = report.state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
-            if not (wait and waiting and report.resume_at is not None):
+    with Sync() as syncing:
+        for name in names:
+            while True:
+                report = run_once(path, name, options, begun=begun, workers=workers)
+                waiting = report.state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
+                if not (wait and waiting and report.resume_at is not None):
+                    break
+                seconds = max(1.0, (report.resume_at - workspace.clock.now()).total_seconds() + 1.0)
+                told(f"{name}: waiting until {report.resume_at:%Y-%m-%d %H:%M:%S} UTC, then going on")
+                try:
+                    _sleep(workspace, name, seconds)
+                except Interrupted:
+                    report = replace(report, state=RunState.PAUSED)
+                    break
+            reports.append(report)
+            if syncing.interrupted:
                 break
-            seconds = max(1.0, (report.resume_at - workspace.clock.now()).total_seconds() + 1.0)
-            told(f"{name}: waiting until {report.resume_at:%Y-%m-%d %H:%M:%S} UTC, then going on")
-            try:
-                _sleep(workspace, name, seconds)
-            except Interrupted:
-                report = replace(report, state=RunState.PAUSED)
-                break
-        reports.append(report)
     return reports
 
 
 def _sleep(workspace: Workspace, plan: str, seconds: float) -> None:
     """Sleep through a quota, hearing the user's word."""
-    from tasks.watch import Watch
-
     with Watch(workspace.ledger, plan, workspace.owner, workspace.clock) as watch:
         workspace.clock.sleep(seconds, watch.wake)
         watch.check()

@@ -15,12 +15,29 @@ from marketsync.ledger import LEASE_SECONDS, Desired, Ledger
 
 POLL_SECONDS = 0.5
 _watches: set[Watch] = set()
+_syncs: set[Sync] = set()
+
+
+class Sync:
+    """A command that runs one step after the other, of which not each watches: a signal that meets it between two
+    of them is heard by the next. A context manager; `interrupted` says whether there was one."""
+
+    interrupted = False
+
+    def __enter__(self) -> Sync:
+        _syncs.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _syncs.discard(self)
 
 
 def interrupt_all() -> bool:
     """Ask every run of this process to stop at its next page (SIGTERM, Ctrl-C, a Prefect cancellation); return
     whether there was any."""
-    asked = bool(_watches)
+    asked = bool(_watches or _syncs)
+    for sync in list(_syncs):
+        sync.interrupted = True
     for watch in list(_watches):
         watch.request(Stop.SIGNAL)
     return asked
@@ -54,7 +71,6 @@ class Watch:
         self._ledger, self._plan, self._owner, self._clock = ledger, plan, owner, clock
         self._holds: set[str] = set()
         self._in_maintenance = in_maintenance
-        self._generation = ledger.control(plan).generation
         self._over = threading.Event()
         self._renewed = clock.timestamp()
         self._threaded = threaded
@@ -62,7 +78,10 @@ class Watch:
 
     def __enter__(self) -> Watch:
         _watches.add(self)
+        if any(sync.interrupted for sync in _syncs):
+            self.request(Stop.SIGNAL)
         if self._threaded:
+            self.look()
             self._thread = threading.Thread(target=self._beat, name=f"watch-{self._plan}", daemon=True)
             self._thread.start()
         return self
@@ -86,9 +105,10 @@ class Watch:
                 self._ledger.hold(name, self._owner)
             self._renewed = now
         if self.stop is None:
-            control = self._ledger.control(self._plan)
-            if control.generation > self._generation and control.desired is not Desired.RUN:
-                self.request(Stop.PAUSE if control.desired is Desired.PAUSE else Stop.CANCEL)
+            # A run only begins when it may run: what else is desired was said since, if only while it prepared.
+            desired = self._ledger.control(self._plan).desired
+            if desired is not Desired.RUN:
+                self.request(Stop.PAUSE if desired is Desired.PAUSE else Stop.CANCEL)
             elif self._in_maintenance():
                 self.request(Stop.MAINTENANCE)
 

@@ -21,7 +21,7 @@ from marketsync.calendars import Calendar, load_calendar
 from marketsync.clock import Clock, SystemClock
 from marketsync.configuration import Loaded, load_configuration
 from marketsync.coverage import Covered, Interval, merged, minus, owed, within
-from marketsync.definition import Dataset, Definition, request_hash
+from marketsync.definition import Dataset, Definition, Verdict, request_hash
 from marketsync.durations import Unit as SpanUnit
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError
@@ -442,12 +442,17 @@ class Scope:
         path.write_text(raw, encoding="utf-8")
         return str(path)
 
-    def halted(self, halt: Halt) -> None:
-        """Tell the run's other datasets of this upstream that nothing more is to be asked of it."""
-        from marketsync.definition import Verdict
+    @property
+    def halt(self) -> Halt | None:
+        """Why nothing more is to be asked of this upstream in this run, as far as this process knows."""
+        return self.workspace.halts.get((self.run_id, self.upstream_name))
 
-        if halt.verdict in (Verdict.STOP_PROVIDER, Verdict.QUOTA, Verdict.RETRY):
-            self.workspace.halts.setdefault((self.run_id, self.upstream_name), halt)
+    def halted(self, halt: Halt) -> bool:
+        """Tell the run's other datasets of this upstream that nothing more is to be asked of it; return whether they
+        had not been told yet."""
+        if halt.verdict not in (Verdict.STOP_PROVIDER, Verdict.QUOTA, Verdict.RETRY):
+            return True
+        return self.workspace.halts.setdefault((self.run_id, self.upstream_name), halt) is halt
 
     def config_hash(self) -> str:
         """Return 16 hex digits over the plan as it stands."""
