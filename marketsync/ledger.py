@@ -31,6 +31,7 @@ from marketsync.planning import Unit
 from marketsync.schema import ColumnType, Schema
 
 LEASE_SECONDS = 60.0
+VERSION = 1  # of the tables; another one is refused, never guessed at
 _CHUNK = 400  # values in one IN (...): below every engine's limit on parameters
 
 
@@ -184,6 +185,7 @@ _control = sa.Table(
     sa.Column("generation", sa.Integer, nullable=False),
     sa.Column("at", Instant),
 )
+_version = sa.Table("version", _schema, sa.Column("version", sa.Integer, primary_key=True))
 _hold = sa.Table(
     "hold",
     _schema,
@@ -429,12 +431,22 @@ class Ledger:
             event.listen(self._engine, "connect", _sqlite_connect)
         try:
             with self._write() as connection:
-                if not sa.inspect(connection).has_table("control"):
+                known = sa.inspect(connection).get_table_names()
+                if "control" not in known:
                     _schema.create_all(connection)
+                    connection.execute(_version.insert().values(version=VERSION))
+                found = connection.scalar(sa.select(_version.c.version)) if "version" in known else None
         except SQLAlchemyError as error:
             raise MarketSyncError(
                 f"the ledger {self.url} cannot be opened: {error}; check the `state` folder or the `ledger` URL"
             ) from error
+        if "control" in known and found != VERSION:
+            self._engine.dispose()
+            raise MarketSyncError(
+                f"the ledger {self.url} is of version {found or 0}, this MarketSync keeps version {VERSION}: use the "
+                "MarketSync that made it, or move the ledger away (rows in the stores stay; what they hold is asked "
+                "again and compared, nothing is written twice)"
+            )
 
     def close(self) -> None:
         """Close every connection."""
