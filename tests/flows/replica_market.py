@@ -70,11 +70,11 @@ def monthly_definition() -> str:
     return changed
 
 
-def eventually(found: Callable[[], Any], what: str) -> Any:
+def eventually(found: Callable[[], Any], what: str, seconds: float = SPARE_SECONDS) -> Any:
     """Return what `found` returns once it is true; fail when it does not come to be."""
-    until = time.monotonic() + SPARE_SECONDS
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         if result := found():
             return result
         time.sleep(0.1)
-    pytest.fail(f"waited {SPARE_SECONDS} s in vain for {what}")
+    pytest.fail(f"waited {seconds} s in vain for {what}")
