@@ -1468,8 +1468,7 @@ def _keeps_apart(schema: Schema, unit: Unit) -> bool:
     assert schema.time is not None
     if unit.session is not None and schema[schema.time].type is not ColumnType.DATE:
         return False  # the night before a session is asked for with it
-    names = [name for name, _ in unit.values]
-    return (len(names) <= 1 and (not names or schema.subject in schema.key)) or set(names) <= set(schema.key)
+    return all(name in schema.key for name, _ in unit.values)
 
 
 def _answers_of(row: Any) -> dict[str, list[Covered]]:

@@ -10,13 +10,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from marketsync.clock import Clock
 from marketsync.coverage import Answer, Covered, Interval, minus, within
 from marketsync.errors import StoreError
 from marketsync.ledger import Binding, Ledger, Segment
+from marketsync.planning import EVERYTHING
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Schema
 from storage.protocol import Batch, Filter, Mode, Store, Written
 from storage.spool import Spool
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 24 << 20  # sealed frames kept in memory for the delivery; beyond it they are read from the spool
 ATTEMPTS = 4
+COPYING = "copying"  # stands for the work where rows come from a sibling
 LINGER_SECONDS = 20.0  # a small batch is delivered when it has waited this long
 
 
@@ -296,10 +298,14 @@ def fill_from_siblings(
     clock: Clock,
     tally: Tally,
     batch_rows: int,
+    told_apart: bool = True,
+    margin: timedelta = timedelta(),
 ) -> int:
     """Copy to a store what its siblings have and it has not (no request is sent); return how many rows.
 
-    Only what is final or has rows in a sibling is copied, with the sibling's own answer and time of asking.
+    What was answered to a sibling is copied, with the sibling's own answer and time of asking. `told_apart` says
+    whether subjects stand in the rows, `margin` how far the times of rows may be outside of what covers them; what is
+    copied beyond need is there already and stays as it is.
     """
     import uuid
 
@@ -328,9 +334,19 @@ def fill_from_siblings(
             if missing:
                 wanted[tuple(missing)].append(subject)
         for intervals, group in wanted.items():
+            noted = False
             for interval in intervals:
-                for frame in _rows_of(other.store, dataset, schema, group, interval, batch_rows):
+                around = Interval(interval.start - margin, interval.end + margin)
+                chosen = group if told_apart else [EVERYTHING]
+                for frame in _rows_of(other.store, dataset, schema, chosen, around, batch_rows):
                     seq += 1
+                    if not noted:
+                        # From now on rows may be there of which no coverage tells, should this break off.
+                        begun = [
+                            Covered(*span, Answer.PARTIAL, False, clock.now(), None, COPYING) for span in intervals
+                        ]
+                        ledger.lay(target.store_id, dataset, request_hash, dict.fromkeys(group, begun))
+                        noted = True
                     stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
                     mode = Mode.UPSERT
                     written = target.store.write(Batch(dataset, schema, lane, seq, stamped, mode))
@@ -369,7 +385,7 @@ def _rows_of(
     until: datetime | date | None = None
     if schema.time is not None:
         since, until = bounds_for(schema, interval)
-    chosen = None if schema.subject is None or subjects == ["*"] else tuple(dict.fromkeys(subjects))
+    chosen = None if schema.subject is None or list(subjects) == [EVERYTHING] else tuple(dict.fromkeys(subjects))
     if schema.subject is not None and chosen is not None and any("|" in subject for subject in chosen):
         chosen = None
     held: list[pl.DataFrame] = []

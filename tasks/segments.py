@@ -103,6 +103,7 @@ class SegmentWriter:
         self._seq = 0
         self._running: dict[str, Work] = {}  # work_id -> the unit as the ledger has it after its last seal
         self._lost: set[str] = set()
+        self._distrusted = False
         self._changed = threading.Condition()
         self._over = False
         self._flushes = 0
@@ -243,6 +244,10 @@ class SegmentWriter:
     def _seal(self, pages: Sequence[PageRows]) -> None:
         gated = self._gate([page.batch for page in pages if page.batch is not None])
         frame, rejected, duplicates = gated.frame, gated.rejected, gated.duplicates
+        if not self._distrusted and self._has_strangers(pages, frame):
+            for store in self._stores:
+                self._ledger.distrust(store, self._dataset)
+            self._distrusted = True
         seq = self._seq + 1
         segment_id = f"{self.lane}:{seq}"
         parts = self._parts(pages, frame)
@@ -339,22 +344,38 @@ class SegmentWriter:
             )
         return parts
 
+    def _has_strangers(self, pages: Sequence[PageRows], frame: pl.DataFrame) -> bool:
+        """Return whether there are rows of subjects that were not asked for (a symbol that was renamed): the coverage
+        of the one that was says nothing of them."""
+        import polars as pl
+
+        column = self._schema.subject
+        asked = [dict(page.work.unit.values).get(column or "") for page in pages]
+        if column is None or not frame.height or None in asked:
+            return False
+        known = {value for values in asked for value in values or ()}
+        return not known.issuperset(frame[column].unique().cast(pl.String).to_list())
+
     def _subject_rows(self, pages: Sequence[PageRows]) -> dict[str, int]:
-        subjects = pages[0].work.unit.subjects
+        unit = pages[0].work.unit
+        subjects = unit.subjects
         if len(subjects) == 1:
             return {subjects[0]: sum(page.rows for page in pages)}
         column = self._schema.subject
+        names = [name for name, _ in unit.values]
         counts: dict[str, int] = defaultdict(int)
         for page in pages:
             if page.batch is None or not page.rows:
                 continue
-            if column is None or column not in page.batch.frame.columns:
+            if column not in names or column not in page.batch.frame.columns:
                 # Whose rows these are cannot be told: each subject is taken to have had an answer with rows.
                 for subject in subjects:
                     counts[subject] += page.rows
                 continue
-            for subject, rows in page.batch.frame.group_by(column).len().iter_rows():
-                counts[str(subject)] += rows
+            place = names.index(column)
+            of_value = {str(value): rows for value, rows in page.batch.frame.group_by(column).len().iter_rows()}
+            for subject in subjects:
+                counts[subject] += of_value.get(subject.split("|")[place], 0)
         return dict(counts)
 
     def _extents(self, frame: pl.DataFrame) -> Mapping[str, tuple[str, str]]:

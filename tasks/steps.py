@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from marketsync.errors import StoreError
 from marketsync.ledger import this_owner
@@ -56,6 +56,8 @@ class Prepared:
     new_columns: list[str] = field(default_factory=list)
     stores_down: dict[str, str] = field(default_factory=dict)
 
+
+KEEP_HISTORY = timedelta(days=90)  # of work, segments and runs in the ledger; coverage is kept for good
 
 _tallies: dict[str, list[Tally]] = {}
 _tallies_lock = threading.Lock()
@@ -137,6 +139,8 @@ def prepare(task: Task) -> Prepared:
                 clock=scope.clock,
                 tally=tally,
                 batch_rows=scope.plan.segment.rows,
+                told_apart=scope.told_apart,
+                margin=scope.margin,
             )
         except StoreError as error:
             result.stores_down[target.store_id] = str(error)
@@ -163,9 +167,10 @@ def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fe
 
 
 def sweep(config: str) -> int:
-    """Remove segment files that no ledger row speaks of, or that every store has (a crash between the two); return
-    how many."""
+    """Remove segment files that no ledger row speaks of, or that every store has (a crash between the two), and what
+    the ledger knows of work that was done long ago; return how many files."""
     workspace = open_workspace(config)
+    workspace.ledger.forget(KEEP_HISTORY)
     finished = workspace.ledger.finished_files(workspace.host)
     if finished:
         workspace.spool.remove(finished)

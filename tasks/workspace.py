@@ -336,6 +336,18 @@ class Scope:
         found = rows.select(pl.col(column).cast(pl.String).drop_nulls().unique()).collect()
         return sorted(found.to_series().to_list())
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the rows of one subject can be told from another's."""
+        return list(self.spec.over.subjects) == [self.schema.subject]
+
+    @property
+    def margin(self) -> timedelta:
+        """How far the times of rows can be outside of the session that they were asked with."""
+        column = self.schema.time
+        dated = column is None or self.schema[column].type is ColumnType.DATE
+        return timedelta() if dated or not self.spec.over.session else timedelta(days=4)
+
     @cached_property
     def wanted(self) -> list[Interval]:
         """The interval the plan wants of every subject, as far as it is published."""
