@@ -1425,6 +1425,10 @@ class Ledger:
     def forget(self, older_than: timedelta) -> int:
         """Delete finished work, segments and runs older than this (coverage stays); return how many units went."""
         before = self._clock.now() - older_than
+        with self._read() as connection:
+            oldest = connection.execute(sa.select(_run.c.run_id).where(_run.c.started < before).limit(1)).first()
+        if oldest is None:
+            return 0
         with self._write() as connection:
             old = sa.select(_work.c.work_id).where(_work.c.state.in_(_FINISHED), _work.c.changed_at < before)
             connection.execute(_part.delete().where(_part.c.work_id.in_(old)))
@@ -1450,7 +1454,7 @@ class Ledger:
                     _segment.c.segment_id.not_in(sa.select(_delivery.c.segment_id)),
                 )
             )
-            connection.execute(_run.delete().where(_run.c.ended < before))
+            connection.execute(_run.delete().where(_run.c.started < before))
         return gone
 
 
