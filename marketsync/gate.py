@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import polars as pl
@@ -222,10 +222,13 @@ def _runs_meet(subject: pl.Series, times: pl.Series, changed: pl.Series) -> bool
     breaks = changed.arg_true()
     first = pl.concat([pl.Series([0], dtype=breaks.dtype), breaks + 1])
     last = pl.concat([breaks, pl.Series([times.len() - 1], dtype=breaks.dtype)])
-    runs = pl.DataFrame({"subject": subject.gather(first), "a": times.gather(first), "b": times.gather(last)})
-    low, high = pl.min_horizontal("a", "b"), pl.max_horizontal("a", "b")
-    runs = runs.select("subject", low.alias("low"), high.alias("high")).sort("subject", "low")
-    return bool(runs.select((pl.col("low") <= pl.col("high").shift(1).over("subject")).any()).item())
+    # few values: plain Python is done before a query of polars has begun
+    starts, ends = times.gather(first).to_list(), times.gather(last).to_list()
+    runs = sorted(
+        (name, min(start, end), max(start, end))
+        for name, start, end in zip(subject.gather(first).to_list(), starts, ends, strict=True)
+    )
+    return any(one[0] == other[0] and other[1] <= one[2] for one, other in pairwise(runs))
 
 
 # ---------------------------------------------------------------- what is told about a row
