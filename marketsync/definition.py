@@ -499,7 +499,7 @@ class Dataset(Model):
 
     title: str = Field(default="", description="One line about it.")
     over: Over = Field(
-        default_factory=lambda: Over(window=None, session=None), description="What it is asked for, request by request."
+        default_factory=lambda: Over.model_validate({}), description="What it is asked for, request by request."
     )
     request: Request = Field(
         default=Request(), description="The request; what is left out comes from the definition's."
