@@ -25,7 +25,7 @@ from storage.protocol import Filter, Written
 if TYPE_CHECKING:
     import polars as pl
 
-# A part holds at most this many rows after a rewrite, which bounds what one changed row can cost (about 0.1 CPU s).
+# A part holds at most this many rows after a rewrite, which bounds what one changed row can cost.
 PART_ROWS = 262_144
 _ROW_GROUP_ROWS = 32_768
 # Automatic merging: of a period's parts, those with less than 32, 1,024 and 32,768 rows are three classes; 32 parts of
