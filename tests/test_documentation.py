@@ -135,7 +135,7 @@ class Reader:
 
     def __init__(self, folder: Path, environment: dict[str, str], ports: dict[str, int]):
         self.folder, self._ports = folder, ports
-        self._environment = environment
+        self.environment = environment
         self._state = folder.parent / "shell"
         self._count = 0
         self._groups: list[int] = []
@@ -161,7 +161,7 @@ class Reader:
             shell = subprocess.Popen(
                 ["bash", str(script)],
                 cwd=self.folder,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -298,10 +298,13 @@ def _recent_bars(symbols: tuple[str, ...]) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def test_the_readme_does_what_it_says(reader, monkeypatch):
-    with Replica(data=_recent_bars(("AAPL", "IBM", "MSFT")), until="clock") as replica:
-        reader._environment.update(replica.credentials, REPLICA=replica.url)
-        assert follow(ROOT / "README.md", reader) >= 3
+def test_the_readme_does_what_it_says(reader):
+    bars = _recent_bars(("GS", "JPM", "MS"))
+    with Replica(data=bars, until="clock") as replica:
+        reader.environment.update(replica.credentials, REPLICA=replica.url)
+        assert follow(ROOT / "README.md", reader) >= 5
+        reader.type("marketsync query 'SELECT count(DISTINCT symbol) AS n FROM alpaca.daily_bars' --json")
+        assert '"n": 3' in reader.printed
 
 
 def test_the_tutorial_does_what_it_says(reader):
