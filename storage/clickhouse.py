@@ -518,9 +518,7 @@ def _enter(folder: Path) -> _Engine:
             owner = locks.take(folder / _LOCK, f"the chDB store {folder}", 0)
             try:
                 with _told(f"opening {folder}"):
-                    client = clickhouse_connect.get_client(
-                        interface="chdb", path=str(folder), settings=_SETTINGS, autogenerate_session_id=False
-                    )
+                    client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_SETTINGS)
             except BaseException:
                 owner.release()
                 raise

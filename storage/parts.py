@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # A part holds at most this many rows after a rewrite, which bounds what one changed row can cost.
 PART_ROWS = 262_144
 _ROW_GROUP_ROWS = 32_768
+_MEMORY_ROWS = 4 * PART_ROWS  # so many rows at most are in memory at once while parts are rewritten
 # Automatic merging: of a period's parts, those with less than 32, 1,024 and 32,768 rows are three classes; 32 parts of
 # one class become one part of the next. A row is rewritten at most three times, whatever the size of its batches.
 CLASS_PARTS = 32
@@ -139,7 +140,8 @@ class Parts:
     def merge_all(self) -> Change | None:
         """Return what leaves each period with as few parts as it can have; None when it has."""
         small = [part for part in self.parts if (part.rows or 0) < PART_ROWS // 2]
-        return self._merged([parts for parts in _by_period(small).values() if len(parts) > 1])
+        groups = [group for parts in _by_period(small).values() for group in _bounded(parts)]
+        return self._merged([group for group in groups if len(group) > 1])
 
     # reading
 
@@ -239,10 +241,12 @@ class Parts:
             kept = _by_period(removed)
             for period in dict.fromkeys((*put, *kept)):
                 frames = [put[period]] if period in put else []
-                if period in kept:
-                    frames.append(self.read(kept[period]).join(keys, on=key, how="anti").collect())
-                together = pl.concat(frames)
-                yield period, self._sorted(together) if period in kept else together
+                for parts in _bounded(kept.get(period, [])):
+                    frames.append(self.read(parts).join(keys, on=key, how="anti").collect())
+                    yield period, self._sorted(pl.concat(frames))
+                    frames = []
+                if frames:
+                    yield period, frames[0]
 
         return Change(rows(), removed)
 
@@ -281,6 +285,21 @@ def _by_period(parts: Iterable[Part]) -> dict[str | None, list[Part]]:
     for part in parts:
         grouped.setdefault(part.period, []).append(part)
     return grouped
+
+
+def _bounded(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Yield the parts in groups of at most `_MEMORY_ROWS` rows, or of one part."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        rows = part.rows or PART_ROWS
+        if group and size + rows > _MEMORY_ROWS:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += rows
+    if group:
+        yield group
 
 
 def _meet(low: Any, high: Any, first: Any, last: Any) -> bool:

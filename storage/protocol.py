@@ -143,11 +143,19 @@ class Store(Protocol):
 
     def write(self, batch: Batch) -> Written:
         """Put the batch in, once: a batch at or below `committed` is skipped. Rows and `seq` become durable together
-        or, where the engine cannot do that, in an order in which repeating the batch changes nothing."""
+        or, where the engine cannot do that, in an order in which repeating the batch changes nothing.
+
+        Rows that are equal in all but the system columns stay as they are, with the `_segment` that brought them. A
+        batch made before a column was added leaves that column alone. Raises `SchemaError`, and writes nothing, for a
+        frame that `gate.admit` refuses or a schema that the table has not been given by `ensure`.
+        """
         ...
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
-        """Make the rows of `span` exactly those of `frame`: in one transaction where the engine has them."""
+        """Make the rows of `span` exactly those of `frame` (columns as in a batch): in one commit where `atomic`.
+
+        Raises `SchemaError` for rows outside of the span.
+        """
         ...
 
     def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
@@ -179,7 +187,10 @@ class Store(Protocol):
         ...
 
     def query(self, sql: str) -> pl.DataFrame:
-        """Run a SELECT over the tables, each named `provider.dataset` as it is everywhere else."""
+        """Run a SELECT over the tables, each named `provider.dataset` as it is everywhere else.
+
+        The dialect is the engine's (polars for stores made of files); `*` may show system columns. Raises `StoreError`.
+        """
         ...
 
     def maintain(self, dataset: str) -> str:

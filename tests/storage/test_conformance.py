@@ -759,3 +759,51 @@ def test_any_frame_comes_back_as_it_went(store: Store, data: st.DataObject):
     )
     found = store.scan(dataset, Filter(system=True)).collect()
     assert not differences(found, frame, WIDE.key)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[tuple[str, str, int, int]]:
+    """Draw what is done, to which subject, from which hour on, for how many hours."""
+    acts = st.sampled_from(["upsert", "upsert", "upsert", "replace", "delete", "maintain"])
+    step = st.tuples(acts, st.sampled_from("ABC"), st.integers(0, 40), st.integers(1, 60))
+    return draw(st.lists(step, min_size=2, max_size=8))
+
+
+@given(steps())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_sequence_of_writes_ends_where_a_dictionary_would(store: Store, steps: list[tuple[str, str, int, int]]):
+    dataset = "any.steps"
+    store.ensure(dataset, BARS)
+    store.delete(dataset, Filter())
+    model: dict[tuple, tuple] = {}
+    for number, (act, subject, first, hours) in enumerate(steps):
+        frame = bars((subject,), first=first, rows=hours, add=float(number % 2))
+        rows = {row[:2]: row[2:4] for row in frame.iter_rows()}
+        inserted = sum(key not in model for key in rows)
+        updated = sum(key in model and model[key] != values for key, values in rows.items())
+        counts = {"inserted": inserted, "updated": updated, "unchanged": len(rows) - inserted - updated}
+        since, until = START + timedelta(hours=first), START + timedelta(hours=first + hours + number)
+        gone = [key for key in model if key[0] == subject and since <= key[1] < until]
+        if act == "upsert":
+            seq = store.committed(dataset, "lane") + 1
+            assert store.write(batch(dataset, frame, seq)) == Written(**counts)
+            model |= rows
+        elif act == "replace":
+            out = [key for key in gone if key not in rows]
+            written = store.replace(dataset, BARS, frame, Filter([subject], since, until))
+            assert written == Written(**counts, deleted=len(out))
+            for key in out:
+                del model[key]
+            model |= rows
+        elif act == "delete":
+            assert store.delete(dataset, Filter([subject], since, until)) == len(gone)
+            for key in gone:
+                del model[key]
+        else:
+            store.maintain(dataset)
+        assert store.count(dataset) == len(model)
+    assert {row[:2]: row[2:] for row in store.scan(dataset).collect().iter_rows()} == model
+    newest: dict[str, datetime] = {}
+    for subject, at in model:
+        newest[subject] = max(at, newest.get(subject, at))
+    assert store.watermarks(dataset) == newest

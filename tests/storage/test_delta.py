@@ -10,8 +10,6 @@ import polars as pl
 import pytest
 from conftest import ROOT, python
 from deltalake import CommitProperties, DeltaTable, QueryBuilder, write_deltalake
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from stored_frames import BARS, START, WIDE, bars, batch, hostile
 
@@ -179,23 +177,22 @@ def test_files_outside_of_the_batch_are_not_even_opened(store, tmp_path: Path):
         store.scan(BARS_NAME, Filter(["A"])).collect()
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 40), st.sampled_from("ABCD")), min_size=1, max_size=8))
-@settings(max_examples=25, deadline=None)
-def test_any_sequence_of_upserts_ends_where_a_dictionary_would(tmp_path_factory, steps):
-    store = open_store(f"delta://{tmp_path_factory.mktemp('any')}")
+def test_parts_larger_than_memory_allows_are_rewritten_in_groups(store, tmp_path: Path, monkeypatch):
     store.ensure(BARS_NAME, BARS)
-    model: dict[tuple, tuple] = {}
-    for seq, (first, rows, subject) in enumerate(steps, 1):
-        frame = bars((subject,), first=first, rows=rows, add=float(seq % 2))
-        wanted = Written(
-            inserted=sum(row[:2] not in model for row in frame.iter_rows()),
-            updated=sum(row[:2] in model and model[row[:2]] != row[2:4] for row in frame.iter_rows()),
-            unchanged=sum(model.get(row[:2]) == row[2:4] for row in frame.iter_rows()),
-        )
-        assert store.write(batch(BARS_NAME, frame, seq)) == wanted
-        model.update({row[:2]: row[2:4] for row in frame.iter_rows()})
-    found = {row[:2]: row[2:] for row in store.scan(BARS_NAME).collect().iter_rows()}
-    assert found == model
+    for seq in range(1, 6):
+        store.write(batch(BARS_NAME, bars(("A",), first=48 + 10 * seq, rows=10), seq, mode=Mode.APPEND))
+    monkeypatch.setattr(storage.parts, "_MEMORY_ROWS", 20)
+    changed = bars(("A",), first=58, rows=50, add=1.0).gather_every(10)
+    assert store.write(batch(BARS_NAME, changed, 6)) == Written(updated=5)
+    assert sorted(files(tmp_path).values()) == [9, 18, 23]
+    store.maintain(BARS_NAME)
+    assert sorted(files(tmp_path).values()) == [9, 18, 23]
+    monkeypatch.undo()
+    store.maintain(BARS_NAME)
+    assert list(files(tmp_path).values()) == [50]
+    found = store.scan(BARS_NAME).collect().sort("ts")
+    assert_frame_equal(found.gather_every(10), changed.select(BARS.names))
+    assert found["ts"].is_unique().all()
 
 
 def test_small_files_are_merged_as_they_gather(store, tmp_path: Path):
