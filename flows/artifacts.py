@@ -27,7 +27,7 @@ from prefect.exceptions import PrefectException
 from marketsync.ledger import RunRow
 from marketsync.rendering.html import html
 from marketsync.rendering.markdown import markdown
-from marketsync.rendering.words import many, share
+from marketsync.rendering.words import STATES, many, newest, share
 from marketsync.report import DatasetReport, RunReport, RunState
 from tasks.inquiry import Estimate
 from tasks.steps import progress
@@ -81,7 +81,7 @@ class ProgressDisplay:
         self.__exit__()
         done = report.state in (RunState.COMPLETED, RunState.COMPLETED_WITH_FINDINGS)
         share = 100.0 if done else self._share(report.requests.sent)
-        self._update(share, f"{sentence(report)}.")
+        self._update(share, f"Run {report.run}, {STATES[report.state]}: {sentence(report)}")
 
     def _follow(self) -> None:
         while not self._over.wait(PROGRESS_SECONDS):
@@ -134,8 +134,7 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
     """Return the rows of the table artifact: a line for each dataset and store, what the run did and how it stands."""
     lines = []
     for part in datasets:
-        judged = part.judgement
-        newest, laggard = part.newest, part.laggard
+        judged, laggard = part.judgement, part.laggard
         lines.append(
             {
                 "dataset": part.dataset,
@@ -144,10 +143,10 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
                 "inserted": part.rows.inserted,
                 "updated": part.rows.updated,
                 "complete": share(None if judged is None else judged.completeness),
-                "missing sessions": None if judged is None else judged.missing,
-                "newest": "" if newest is None else f"{newest.newest} ({newest.subject})",
-                "furthest behind": "" if laggard is None else f"{laggard.newest} ({laggard.subject})",
-                "state": part.state or "in order",
+                "missing": None if judged is None else judged.missing,
+                "newest": newest(part),
+                "furthest behind": "-" if laggard is None else f"{laggard.subject} {(laggard.newest or '-')[:10]}",
+                "store says": part.state or "-",
             }
         )
     return lines

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from marketsync.report import DatasetReport
 from tasks.fetch import Fetched
 from tasks.runner import Pending
 from tasks.steps import Prepared
+from tasks.tally import Note
 from tasks.watch import interrupt_all
 
 INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a run is to stop
@@ -144,7 +145,8 @@ def _told(result: Any) -> Any:
     if isinstance(result, Fetched):
         return _fetched(result)
     if isinstance(result, Prepared):
-        parts = ["the tables are ready" if not result.stores_down else "; ".join(result.stores_down.values())]
+        _log(result.notes)
+        parts = ["the tables are ready" if not result.stores_down else f"without {', '.join(result.stores_down)}"]
         if result.drained:
             parts.append(f"{many(result.drained, 'row')} of an earlier run delivered")
         if result.copied:
@@ -155,12 +157,16 @@ def _told(result: Any) -> Any:
     return result
 
 
-def _fetched(result: Fetched) -> State[Any]:
+def _log(notes: Sequence[Note]) -> None:
     logger = get_run_logger()
-    for note in result.notes[:SHOWN_REMARKS]:
-        logger.warning("%s: %s %s", note.kind, f"{note.dataset} {note.subject}".strip(), note.message)
-    if len(result.notes) > SHOWN_REMARKS:
-        logger.warning("%s are in the report", many(len(result.notes) - SHOWN_REMARKS, "more remark"))
+    for note in notes[:SHOWN_REMARKS]:
+        logger.warning("%s: %s", f"{note.dataset} {note.subject}".strip(), note.message)
+    if len(notes) > SHOWN_REMARKS:
+        logger.warning("the report has %s", many(len(notes) - SHOWN_REMARKS, "more remark"))
+
+
+def _fetched(result: Fetched) -> State[Any]:
+    _log(result.notes)
     counts = result.counts
     rows, requests = many(counts.fetched, "row"), many(counts.sent, "request")
     message = f"{rows} of {requests}, {counts.done:,} of {many(counts.units, 'unit')} done"

@@ -36,6 +36,7 @@ DATASETS_AT_ONCE = 4
 STEP_SECONDS = 45.0  # of work in one task: a task costs about 35 ms, and a person reads some hundreds of them at most
 LONGEST_STEP_SECONDS = 900.0
 MOST_TASKS = 500  # of one flow run
+OF_THE_RUN = ("paused", "schema", "void")  # remarks that no task has logged
 
 
 def _date_or_instant(value: Any) -> Any:
@@ -107,11 +108,12 @@ def sync_plan(
         stoppable = Stoppable(_watch_for_cancellation())
         report = _synced(workspace, plan, options, refetch_begun, stoppable)
     except MarketSyncError as error:
-        what = "the configuration is wrong" if isinstance(error, ConfigurationError) else type(error).__name__
-        logger.error("plan %s was not synced: %s\n%s", plan, what, error)
+        what = ": the configuration is wrong" if isinstance(error, ConfigurationError) else ""
+        logger.error("plan %s was not synced%s\n%s", plan, what, error)
         return Failed(message=str(error), data=error)
-    for remark in (*report.errors, *report.remarks):
-        logger.warning("%s: %s %s", remark.kind, f"{remark.dataset} {remark.subject}".strip(), remark.message)
+    for remark in report.remarks:
+        if remark.kind in OF_THE_RUN:
+            logger.warning("%s: %s", " ".join(filter(None, (remark.dataset, remark.subject))) or plan, remark.message)
     show(workspace, report, html_folder=Path(report_folder) if report_folder else None, html_address=report_address)
     if is_caught_up(report, options):
         tell_caught_up(workspace, report)
@@ -257,7 +259,7 @@ NAMES: Mapping[RunState, str] = {
 
 def _ended(report: RunReport, next_sentence: str) -> State[Any]:
     """Return the final state of a flow run from its report."""
-    parts = [sentence(report), next_sentence]
+    parts = [next_sentence, sentence(report)]
     if report.state is RunState.FAILED:
         first = report.errors[0].message if report.errors else "see the report for what failed"
         message = "; ".join([first, *filter(None, parts)])
