@@ -32,6 +32,7 @@ from marketsync.schema import ColumnType, Schema
 
 LEASE_SECONDS = 60.0
 VERSION = 1  # of the tables; another one is refused, never guessed at
+_WRITER = 5_402_331_907  # the advisory lock that writers of a PostgreSQL ledger take
 _CHUNK = 400  # values in one IN (...): below every engine's limit on parameters
 
 
@@ -425,6 +426,8 @@ class Ledger:
         self._lock = threading.RLock()
         sqlite = url.startswith("sqlite")
         arguments: dict[str, Any] = {"timeout": 60, "check_same_thread": False} if sqlite else {}
+        if url.startswith("postgresql://"):
+            url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         self._engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=not sqlite)
         self._sqlite = sqlite
         if sqlite:
@@ -460,6 +463,8 @@ class Ledger:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
                 connection.begin()
+                # What is read decides what is written (who may lease what), as under SQLite's single writer.
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITER)))
             try:
                 yield connection
             except BaseException:
@@ -1282,6 +1287,35 @@ class Ledger:
                     )
                 )
             )
+
+    def lose(self, segment_ids: Sequence[str]) -> None:
+        """Note that segment files are gone before every store had them: what they held is owed again."""
+        with self._write() as connection:
+            works = self._works_of(connection, segment_ids)
+            for part in _chunks(list(segment_ids)):
+                connection.execute(
+                    _delivery.update()
+                    .where(_delivery.c.segment_id.in_(part), _delivery.c.state == "owed")
+                    .values(state="lost", at=self._clock.now())
+                )
+                connection.execute(_segment.update().where(_segment.c.segment_id.in_(part)).values(removed=True))
+            for part in _chunks([row.work_id for row in works]):
+                connection.execute(
+                    _work.update()
+                    .where(_work.c.work_id.in_(part), _work.c.state.in_([WorkState.SEALED, WorkState.OWED]))
+                    .values(state=WorkState.OWED.value, cursor=None, restarted=True, owner=None)
+                )
+
+    def due(self, name: str, every: timedelta) -> bool:
+        """Return whether a recurring chore is due, and note it as done; it is first due `every` after it was named."""
+        now = self._clock.now()
+        with self._write() as connection:
+            row = connection.execute(sa.select(_hold.c.until).where(_hold.c.name == name)).first()
+            if row is not None and row.until > now:
+                return False
+            connection.execute(_hold.delete().where(_hold.c.name == name))
+            connection.execute(_hold.insert().values(name=name, owner="chore", until=now + every))
+        return row is not None
 
     def abandon_deliveries(self, store_id: str, dataset: str) -> list[str]:
         """Forget what a store still has to get (it left the plan); return paths of files nobody waits for."""

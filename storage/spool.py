@@ -50,6 +50,10 @@ class Spool:
             ) from error
         return str(path.relative_to(self.root)), size
 
+    def has(self, path: str) -> bool:
+        """Return whether a segment file is there."""
+        return (self.root / path).exists()
+
     def read(self, path: str) -> pl.DataFrame:
         """Read a segment back (memory-mapped)."""
         import polars as pl

@@ -274,6 +274,12 @@ def deliver_owed(
         try:
             # Read again under the hold: its former owner may have delivered meanwhile.
             segments = ledger.owed_deliveries(target.store_id, dataset, host, lane)
+            lost = [s.segment_id for s in segments if s.path is not None and not spool.has(s.path)]
+            if lost:
+                ledger.lose(lost)
+                words = f"{len(lost)} segment files are gone from {spool.root}; what they held is asked again"
+                tally.note(Note("lost", dataset, target.store_id, words))
+                segments = [segment for segment in segments if segment.segment_id not in lost]
             pairs: list[tuple[Segment, None]] = [(segment, None) for segment in segments]
             for batch in _batches(pairs, batch_rows):
                 chosen = [segment for segment, _ in batch]

@@ -7,6 +7,7 @@ without an orchestrator, with `--wait` and the user's word heard.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -40,8 +41,12 @@ from tasks.tally import Counts, Note
 from tasks.watch import Sync, Watch
 from tasks.workspace import Options, Scope, Workspace, open_workspace
 
+log = logging.getLogger(__name__)
+
 ERRORS = ("failed", "stopped", "store")
 SHOWN_WATERMARKS = 1000
+CHORES_EVERY = timedelta(days=7)
+FORGET_AFTER = timedelta(days=90)
 FULL_BELOW = 200_000  # rows; smaller tables are judged from end to end every time
 
 
@@ -234,6 +239,7 @@ def finish(
 ) -> RunReport:
     """Put the report together, keep it, and close the run in the ledger."""
     workspace = open_workspace(config)
+    tidy(workspace, plan)
     report = reported(workspace, plan, run, outcomes, orchestrator)
     keep(workspace, report)
     workspace.ledger.close_run(
@@ -249,6 +255,22 @@ def finish(
     )
     forget_progress(run.run_id)
     return report
+
+
+def tidy(workspace: Workspace, plan: str) -> None:
+    """Once a week: compact and vacuum the plan's tables, and forget finished work older than 90 days."""
+    if workspace.ledger.due("forget", CHORES_EVERY):
+        workspace.ledger.forget(FORGET_AFTER)
+    for dataset in workspace.plan(plan).datasets:
+        for store_id in workspace.plan(plan).stores:
+            if not workspace.ledger.due(f"maintain:{store_id}:{dataset}", CHORES_EVERY):
+                continue
+            try:
+                store = workspace.store(store_id)
+                if store.marker(dataset) is not None:
+                    log.info("%s in %s: %s", dataset, store_id, store.maintain(dataset))
+            except StoreError as error:
+                log.warning("%s in %s was not compacted: %s", dataset, store_id, error)
 
 
 def keep(workspace: Workspace, report: RunReport) -> Path:
@@ -360,6 +382,21 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
                     f"`marketsync sync {plan} --refetch` fills them",
                 )
             )
+        silent = sorted(
+            {
+                one.subject
+                for part in outcome.judged
+                if part.judgement is not None and part.judgement.full and part.judgement.frequency != "irregular"
+                for one in part.judgement.subjects
+                if not one.rows and one.empty
+            }
+        )
+        if silent:
+            shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+            message = (
+                f"never a row of {shown}: the provider was asked and had none; is the symbol spelt as it spells it?"
+            )
+            remarks.append(Remark(kind="no_rows", dataset=outcome.dataset, subject=shown, message=message))
         if outcome.prepared is not None and outcome.prepared.copied:
             message = f"{outcome.prepared.copied:,} rows copied from a sibling store, at no request"
             remarks.append(Remark(kind="copied", dataset=outcome.dataset, message=message))
