@@ -1187,7 +1187,6 @@ class Ledger:
                 held = sa.select(_part.c.work_id).where(_part.c.segment_id.in_(part), _part.c.rows > 0)
                 with_rows.update(connection.scalars(held))
             pieces: dict[tuple[str, str], dict[str, list[Covered]]] = defaultdict(lambda: defaultdict(list))
-            whole: list[str] = []
             for row in works:
                 unit = unit_from_text(row.unit)
                 target = pieces[unit.dataset, row.request_hash]
@@ -1200,12 +1199,11 @@ class Ledger:
                     for subject in unit.subjects:
                         target[subject].append(Covered(*window, Answer.PARTIAL, False, asked_at, None, mark))
                 if done:
-                    whole.append(row.work_id)
                     for subject, answers in _answers_of(row).items():
                         target[subject].extend(answers)
             for (dataset, request_hash), of_subject in pieces.items():
                 self._lay_in(connection, store_id, dataset, request_hash, of_subject)
-            self._mark_delivered(connection, whole)
+            self._mark_delivered(connection, [row.work_id for row in works])
             return self._finished_paths(connection, ids)
 
     def _incomplete(self, connection: sa.Connection, store_id: str, work_ids: Sequence[str]) -> set[str]:

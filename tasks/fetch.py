@@ -153,6 +153,8 @@ class Fetcher:
         self._halt: Halt | None = None
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
+        self._asked = False  # whether this step has sent a request
+        self._cut_short = False  # whether time was up before all was asked
         self._tried = 0
         self._failed = 0
         self._random = random.Random(scope.run_id)
@@ -221,6 +223,9 @@ class Fetcher:
                     raise self._broken
                 if not source.elsewhere or self._over():
                     break
+                if self._time_is_up():
+                    self._cut_short = True
+                    break
                 # Others hold living leases on the rest: what they leave is ours, so wait for them.
                 writer.flush()
                 for deliverer in deliverers:
@@ -228,7 +233,7 @@ class Fetcher:
                 if self._clock.sleep(1.0, self._watch.wake):
                     break
                 source.plan()
-            result.more = self._time_is_up() and self._halt is None and self._watch.stop is None
+            result.more = self._cut_short and self._halt is None and self._watch.stop is None
         for deliverer, target in zip(deliverers, scope.targets, strict=True):
             if deliverer.down is not None:
                 result.stores_down[target.store_id] = deliverer.down
@@ -258,10 +263,15 @@ class Fetcher:
         return self._deadline is not None and self._clock.timestamp() >= self._deadline
 
     def _over(self) -> bool:
+        """Whether nothing more is to be begun. A step that time leaves no room asks for one page all the same, since
+        otherwise a run of steps would never end."""
         if self._halt is None:
             # Another dataset of the provider may have learned that nothing more is to be asked of it.
             self._halt = self._scope.halt
-        return self._halt is not None or self._watch.stop is not None or self._broken is not None or self._time_is_up()
+        if self._asked and self._time_is_up():
+            self._cut_short = True
+            return True
+        return self._halt is not None or self._watch.stop is not None or self._broken is not None
 
     def _pull(self, source: UnitSource, writer: SegmentWriter) -> None:
         try:
@@ -318,6 +328,7 @@ class Fetcher:
             except BaseException:
                 writer.forgo()
                 raise
+            self._asked = True
             self._tally.add(sent=outcome.requests, bytes=outcome.bytes)
             verdict = outcome.verdict
             if verdict in (Verdict.ROWS, Verdict.EMPTY):
