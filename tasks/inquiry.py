@@ -61,6 +61,15 @@ def scopes(workspace: Workspace, plan: str, options: Options | None = None) -> l
     return [Scope(workspace, plan, dataset, "", now, options or Options()) for dataset in workspace.plan(plan).datasets]
 
 
+def _unknown_subjects(scope: Scope) -> str:
+    """Return why a dataset's subjects are not known yet (its parent's rows are not here); empty when they are."""
+    try:
+        scope.subjects  # noqa: B018 - resolved and kept
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
 def pages_of(scope: Scope, unit: Unit) -> int:
     """Return about how many requests a unit takes."""
     if scope.spec.page.style == "none":
@@ -86,6 +95,9 @@ def estimate(
     shown: list[str] = []
     before: Counter[str] = Counter()  # requests of datasets of the same upstream that go first
     for scope in scopes(workspace, plan, options):
+        if problem := _unknown_subjects(scope):
+            found.append(DatasetEstimate(scope.dataset, 0, 0, None, 0, None, None, None, None, None, 0, problem))
+            continue
         units = asked = rows = 0
         unknown = False
         for unit in scope.plan_units():
@@ -177,6 +189,9 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
     rows: list[DatasetStatus] = []
     listed: list[dict[str, Any]] = []
     for scope in scopes(workspace, plan):
+        if problem := _unknown_subjects(scope):
+            rows.append(DatasetStatus(scope.dataset, scope.store_ids[0], 0, None, None, None, 0, 0, 0, {}, problem))
+            continue
         units = list(scope.plan_units())
         states = Counter(
             row.state

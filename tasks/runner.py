@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import as_completed as _as_completed
 from typing import Any, Protocol
 
+AIR_SECONDS = 0.25
+
 
 class Pending(Protocol):
     """A step that was submitted."""
@@ -32,6 +34,23 @@ class Runner(Protocol):
         ...
 
 
+class Step:
+    """A step on a pool of threads."""
+
+    def __init__(self, future: Future[Any]):
+        self.future = future
+
+    def result(self) -> Any:
+        """Wait for the step and return what it returned, or raise what it raised.
+
+        The wait comes up for air: polars handles SIGINT in a way that restarts a plain wait, so that Ctrl-C would only
+        be heard when the step has ended.
+        """
+        while not wait([self.future], timeout=AIR_SECONDS).done:
+            continue
+        return self.future.result()
+
+
 class ThreadRunner:
     """Steps on a pool of threads of this process; a context manager."""
 
@@ -44,19 +63,19 @@ class ThreadRunner:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True)
 
-    def submit(
-        self, step: Callable[..., Any], *args: Any, after: Iterable[Pending] = (), name: str = ""
-    ) -> Future[Any]:
-        before = [pending for pending in after if isinstance(pending, Future)]
+    def submit(self, step: Callable[..., Any], *args: Any, after: Iterable[Pending] = (), name: str = "") -> Step:
+        before = [pending.future for pending in after if isinstance(pending, Step)]
 
         def run() -> Any:
             wait(before)
             return step(*args)
 
-        return self._pool.submit(run)
+        return Step(self._pool.submit(run))
 
     def as_completed(self, pending: Iterable[Pending]) -> Iterator[Pending]:
-        yield from _as_completed([item for item in pending if isinstance(item, Future)])
+        steps = {item.future: item for item in pending if isinstance(item, Step)}
+        for future in _as_completed(steps):
+            yield steps[future]
 
 
 class InlineRunner:

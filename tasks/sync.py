@@ -35,7 +35,7 @@ from marketsync.report import (
 )
 from storage.protocol import Store, Written
 from tasks.fetch import Fetched
-from tasks.runner import Pending, Runner, ThreadRunner
+from tasks.runner import AIR_SECONDS, Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
 from tasks.tally import Counts, Note
 from tasks.watch import Sync, Watch
@@ -139,6 +139,9 @@ def describe(
         threads = [threading.Thread(target=one, args=(name,), name=f"dataset-{name}") for name in outcomes]
         for thread in threads:
             thread.start()
+        for event in ended.values():
+            while not event.wait(AIR_SECONDS):  # see `tasks.runner.Step.result`: Ctrl-C must be heard
+                continue
         for thread in threads:
             thread.join()
     if failures:
