@@ -61,9 +61,11 @@ def main() -> None:
     except ConfigurationError as error:
         for problem in error.problems:
             sys.stderr.write(f"{problem}\n")
+        _failed_as_json([str(problem) for problem in error.problems])
         sys.exit(int(ExitCode.CONFIGURATION))
     except MarketSyncError as error:
         sys.stderr.write(f"{error}\n")
+        _failed_as_json([str(error)])
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         sys.exit(int(ExitCode.PAUSED))
@@ -77,6 +79,14 @@ def main() -> None:
         cause = getattr(error, "orig", None) or error
         sys.stderr.write(f"the ledger failed: {cause}; see `ledger` and `state` in upstream.yml, then run again\n")
         sys.exit(int(ExitCode.FAILED))
+
+
+def _failed_as_json(messages: list[str]) -> None:
+    """Keep the promise of --json when there is nothing else to print: one object on stdout."""
+    if "--json" in sys.argv[1:]:
+        import json
+
+        sys.stdout.write(json.dumps({"state": "failed", "errors": [{"message": one} for one in messages]}) + "\n")
 
 
 _asked = 0

@@ -328,7 +328,7 @@ class Scope:
         if store.schema(dataset) is None:
             raise ConfigurationError(
                 f"{self.dataset} asks over the rows of {dataset}, and store {self.store_ids[0]} does not have it yet; "
-                f"sync {dataset} first (put it before {self.dataset} in the plan)"
+                f"sync {dataset} first (in one plan, it goes first by itself)"
             )
         rows = store.scan(dataset, Filter(columns=tuple(dict.fromkeys([column, *where]))))
         for name, value in where.items():
