@@ -215,13 +215,14 @@ class Stoppable:
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
                 done.set_exception(error)
 
-        threading.Thread(target=work, name="run", daemon=True).start()
+        worker = threading.Thread(target=work, name="run", daemon=True)
         teller = threading.Thread(target=contextvars.copy_context().run, args=[self._tell], name="stop", daemon=True)
-        teller.start()
         try:
+            teller.start()
+            worker.start()
             return done.result()
         except (TerminationSignal, KeyboardInterrupt) as signal:
-            if done.done():
+            if worker.ident is None:
                 raise
             self.signal = signal
             self.asked.set()
@@ -229,7 +230,8 @@ class Stoppable:
             return done.result()
         finally:
             self._over.set()
-            teller.join()
+            if teller.ident is not None:
+                teller.join()
 
     def _tell(self) -> None:
         polled = time.monotonic()
