@@ -262,13 +262,14 @@ class Fetcher:
     def _time_is_up(self) -> bool:
         return self._deadline is not None and self._clock.timestamp() >= self._deadline
 
-    def _over(self) -> bool:
-        """Whether nothing more is to be begun. A step that time leaves no room asks for one page all the same, since
-        otherwise a run of steps would never end."""
+    def _over(self, *, in_trouble: bool = False) -> bool:
+        """Whether nothing more is to be begun. A step that time leaves no room asks for one page all the same, and one
+        whose request is `in_trouble` asks until that is settled: a run of steps would never end otherwise, since each
+        step would count its attempts anew."""
         if self._halt is None:
             # Another dataset of the provider may have learned that nothing more is to be asked of it.
             self._halt = self._scope.halt
-        if self._asked and self._time_is_up():
+        if self._asked and not in_trouble and self._time_is_up():
             self._cut_short = True
             return True
         return self._halt is not None or self._watch.stop is not None or self._broken is not None
@@ -301,7 +302,7 @@ class Fetcher:
         attempt = cooled = restarts = 0
         rows = work.rows
         while True:
-            if self._over():
+            if self._over(in_trouble=bool(attempt or cooled or restarts)):
                 self._leave(work, writer, cursor, WorkState.OWED)
                 return
             try:
