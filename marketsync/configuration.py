@@ -22,6 +22,7 @@ from marketsync.definition import Dataset, Definition, Limit, Subjects
 from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
+from marketsync.names import choice, known_names, request_names, wrong_names
 from marketsync.upstream import STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).resolve().parent.parent / "providers" / "definitions"
 DEFAULT_FILE = "upstream.yml"
-WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
 SECRET = re.compile(r"\$secret\.([A-Za-z_][A-Za-z0-9_]*)")
-_NAME = re.compile(r"\$((?:window|secret|header|match)\.[A-Za-z0-9_-]+|[A-Za-z_][A-Za-z0-9_]*)")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -406,31 +405,6 @@ def _in_order(problems: Iterable[Problem]) -> list[Problem]:
 # ------------------------------------------------------------ definitions
 
 
-def names_in(value: Any) -> Iterator[tuple[FieldPath, str]]:
-    """Yield every $name in a text or in the texts of a nested value, with where it stands ($$ is a plain $)."""
-    if isinstance(value, str):
-        for found in _NAME.finditer(value.replace("$$", "")):
-            yield (), found[1]
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            for path, found in names_in(item):
-                yield (str(name), *path), found
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            for path, found in names_in(item):
-                yield (index, *path), found
-
-
-def known_names(dataset: Dataset) -> list[str]:
-    """Return the $names that a request of this dataset can use (`secret.NAME` stands for any secret)."""
-    names = list(dataset.over.subjects)
-    if dataset.over.session is None:
-        names += [f"window.{part}" for part in WINDOW_NAMES]
-    if dataset.over.session is not None:
-        names.append("session")
-    return [*names, "fields", "dataset", "secret.NAME"]
-
-
 class _Definition:
     """What a definition's models cannot tell by themselves: names used and not given, given and not used."""
 
@@ -441,65 +415,36 @@ class _Definition:
         self.found: list[Problem] = []
 
     def problems(self) -> list[Problem]:
-        for name, dataset in self.definition.datasets.items():
-            if isinstance(self.given, dict) and name in self.given:
-                self._request(name, dataset)
-                self._over(name, dataset)
-                self._faults(("datasets", name, "faults"), dataset.faults)
+        own = [name for name in self.definition.datasets if isinstance(self.given, dict) and name in self.given]
+        for path, message, remedy in wrong_names(self.definition, own):
+            if path[2:3] == ("request",):
+                path = self._inherited(str(path[1]), path[2:])
+            self._say(path, message, remedy)
+        for name in own:
+            dataset = self.definition.datasets[name]
+            self._unused(name, dataset)
+            self._over(name, dataset)
+            self._faults(("datasets", name, "faults"), dataset.faults)
         self._faults(("faults",), self.definition.faults)
-        for path, text in names_in(self.definition.auth.model_dump()):
-            if not text.startswith("secret."):
-                self._say(("auth", *path), f"${text} has no value here", "only $secret.NAME can stand in auth")
         self._rows()
         return self.found
 
     def _say(self, path: FieldPath, message: str, remedy: str = "") -> None:
         self.found.append(Problem(self.document.name, self.document.line(path), dotted(path), message, remedy))
 
-    def _request(self, name: str, dataset: Dataset) -> None:
-        request = dataset.request.model_dump(by_alias=True, include={"path", "query", "headers", "json_body"})
+    def _unused(self, name: str, dataset: Dataset) -> None:
         known = known_names(dataset)
         used: set[str] = set()  # and what was probably meant by a name that there is not
-        for part, text in names_in(request):
-            path = self._inherited(name, ("request", *part))
+        for _, text in request_names(dataset):
             used.add(text.partition(".")[0])
             used.add((closest(text, known) or "").partition(".")[0])
-            if text.startswith("secret.") or text in known:
-                continue
-            if text.startswith("header.") or text.startswith("match."):
-                self._say(path, f"${text} is known in faults only", f"names: {_dollars(known)}")
-            elif text == "session" or text.startswith("window"):
-                wants = "session: XNYS" if text == "session" else "window: 1 month"
-                if text.partition(".")[0] == "window" and dataset.over.session is None:
-                    self._say(path, f"there is no ${text}", _near(text, known))
-                else:
-                    self._say(
-                        path, f"${text} has no value, since `over` is not cut that way", f"give over: {{{wants}}}"
-                    )
-            else:
-                self._say(path, f"there is no ${text}", _near(text, known))
-        self._unused(name, dataset, used)
-        for raw, column in dataset.schema_.items():
-            place = ("datasets", name, "schema", raw, "value")
-            for _, text in names_in(column.value or ""):
-                subject = dataset.over.subjects.get(text)
-                if text not in known:
-                    self._say(place, f"there is no ${text}", _near(text, known))
-                elif subject is not None and subject.batch > 1:
-                    self._say(
-                        place,
-                        f"a request asks for {subject.batch} of ${text}, and their rows could not be told apart",
-                        "leave batch out, or read the column from the answer",
-                    )
-
-    def _unused(self, name: str, dataset: Dataset, used: set[str]) -> None:
         over = ("datasets", name, "over")
         for subject, spec in dataset.over.subjects.items():
             if subject in used:
                 continue
-            near = closest(subject, ["window", "session"])
-            if near and spec.universe and getattr(dataset.over, near) is None:
-                self._say((*over, subject), f"there is no field '{subject}' here", f"did you mean {near}?")
+            meant = closest(subject, ["window", "session"])
+            if meant and spec.universe and getattr(dataset.over, meant) is None:
+                self._say((*over, subject), f"there is no field '{subject}' here", f"did you mean {meant}?")
             else:
                 self._say(
                     (*over, subject),
@@ -566,7 +511,7 @@ class _Definition:
                 if dot and provider != definition.provider:
                     continue  # another upstream's; the configuration that has both can tell
                 if parent not in known:
-                    self._say(path, f"there is no dataset '{parent}'", _near(parent, known, sign=""))
+                    self._say(path, f"there is no dataset '{parent}'", choice(parent, known, sign=""))
                     continue
                 parents.setdefault(name, []).append(parent)
                 column = spec.column or subject
@@ -605,16 +550,6 @@ def _depth(value: Any, path: FieldPath) -> int:
         except (KeyError, IndexError, TypeError):
             return depth
     return len(path)
-
-
-def _dollars(names: Iterable[str]) -> str:
-    return ", ".join(f"${name}" for name in names)
-
-
-def _near(name: str, known: list[str], sign: str = "$") -> str:
-    near = closest(name, known)
-    hint = f"did you mean {sign}{near}? " if near else ""
-    return f"{hint}{'names' if sign else 'datasets'}: {', '.join(sign + one for one in known)}"
 
 
 # ------------------------------------------------------------ upstream.yml with its definitions
@@ -727,7 +662,7 @@ class _Whole:
                 self._say(
                     ("upstreams", name, "calendars", dataset),
                     f"there is no dataset '{dataset}'",
-                    _near(dataset, list(definition.datasets), sign=""),
+                    choice(dataset, list(definition.datasets), sign=""),
                 )
 
     def _rows_universe(self, name: str, universe: Universe) -> None:
@@ -754,7 +689,7 @@ class _Whole:
             return None
         known = self.definitions[upstream].datasets
         if dataset not in known:
-            self._say(place, f"{upstream} has no dataset '{dataset}'", _near(dataset, list(known), sign=""))
+            self._say(place, f"{upstream} has no dataset '{dataset}'", choice(dataset, list(known), sign=""))
             return None
         return known[dataset]
 

@@ -17,9 +17,11 @@ import msgspec
 
 from marketsync.clock import Clock
 from marketsync.definition import Definition, Scope, Verdict
+from marketsync.document import dotted
 from marketsync.durations import Span, Unit, parse_span
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch
+from marketsync.names import wrong_names
 from marketsync.schema import ColumnType
 from marketsync.upstream import Upstream
 from providers.decode import Decoder, Malformed, Opened, Unexpected
@@ -27,7 +29,7 @@ from providers.faults import Asked, Rules, Ruling, provider_words
 from providers.limits import Limiter
 from providers.paging import next_step
 from providers.redaction import hide
-from providers.request import Ask, Prepared, constants, prepare, token_request, unknown_names
+from providers.request import Ask, Prepared, constants, prepare, token_request
 from providers.secrets import Secrets
 from providers.transport import Answer, HttpRequest, Transport
 
@@ -112,8 +114,9 @@ class Client:
         secrets: Secrets,
         clock: Clock,
     ):
-        if wrong := unknown_names(definition):
-            raise ConfigurationError(f"the definition of {name} cannot be used: " + "; ".join(wrong))
+        wrong = [f"{dotted(path)}: {message} ({remedy})" for path, message, remedy in wrong_names(definition)]
+        if wrong:
+            raise ConfigurationError(f"the definition of {name} cannot be used: {'; '.join(wrong)}")
         self.name = name
         self.definition = definition
         self.base_url = upstream.base_url or definition.base_url

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
@@ -18,13 +17,12 @@ from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 from marketsync.definition import Dataset, Definition, OAuth2, Page
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, ProviderError
+from marketsync.names import NAME
 from marketsync.schema import ColumnType
 from providers.secrets import Secrets
 from providers.transport import HttpRequest
 
 _LABEL_LENGTH = 400
-WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
-_NAME = re.compile(r"\$(?:(\$)|((?:window|secret)\.[A-Za-z0-9_]+|[A-Za-z_][A-Za-z0-9_]*))")
 
 
 @dataclass(frozen=True)
@@ -45,58 +43,6 @@ class Ask:
 
 
 Value = str | int | float | bool | None
-
-
-def unknown_names(definition: Definition) -> list[str]:
-    """Return what is wrong with the $names of a definition, one sentence each; empty when all have a meaning."""
-    found = []
-    for name, dataset in definition.datasets.items():
-        known = {*dataset.over.subjects, "fields", "dataset"}
-        if dataset.over.session is None:
-            known |= {f"window.{part}" for part in WINDOW_NAMES}
-        else:
-            known.add("session")
-        request = dataset.request
-        texts = [("path", request.path)]
-        texts += [("query", text) for text in _texts(request.query)]
-        texts += [("headers", text) for text in _texts(request.headers)]
-        texts += [("json", text) for text in _texts(request.json_body)]
-        texts += [(f"schema.{raw}.value", spec.value) for raw, spec in dataset.schema_.items() if spec.value]
-        for place, text in texts:
-            for used in _names(text):
-                if used not in known and not used.startswith("secret."):
-                    choice = ", ".join(f"${one}" for one in sorted(known))
-                    found.append(f"datasets.{name}: ${used} in {place} is unknown; use one of {choice}, $secret.NAME")
-        for raw, spec in dataset.schema_.items():
-            for used in _names(spec.value or ""):
-                subject = dataset.over.subjects.get(used)
-                if subject is not None and subject.batch > 1:
-                    found.append(
-                        f"datasets.{name}: schema.{raw} takes ${used} as its value, but a request asks for "
-                        f"{subject.batch} of them: their rows could not be told apart"
-                    )
-    for text in _texts(definition.auth.model_dump()):
-        found += [
-            f"auth: ${used} is unknown; only $secret.NAME can stand here"
-            for used in _names(text)
-            if not used.startswith("secret.")
-        ]
-    return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _names(text: str) -> list[str]:
-    return [found[2] for found in _NAME.finditer(text) if found[2]]
 
 
 # ---------------------------------------------------------------- what the names stand for
@@ -190,11 +136,11 @@ def _fill(
             raise _Absent(name)
         return value
 
-    whole = _NAME.fullmatch(text)
+    whole = NAME.fullmatch(text)
     if whole is not None and whole[2]:
         value = value_of(whole[2])
         return encode(_shown(value)) if encode else value
-    return _NAME.sub(
+    return NAME.sub(
         lambda found: "$" if found[1] else (encode or str)(_shown(value_of(found[2]))),
         text,
     )

@@ -525,3 +525,26 @@ def test_every_engine_can_be_named_by_a_store():
     from storage.registry import ENGINES
 
     assert set(ENGINES) <= set(STORE_SCHEMES), "marketsync.upstream.STORE_SCHEMES must name storage.registry.ENGINES"
+
+
+# ------------------------------------------------------------ $names and what stands behind them
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/files/$session.zip", "/$session-$dataset.csv.gz", "/$session_", "/$dataset/$session.json"],
+)
+def test_a_name_ends_before_an_extension_or_a_hyphen(write, path):
+    by_session = DEFINITION.replace("{symbol: {universe: $plan}, window: 1 year}", "{session: XNYS}")
+    text = changed(by_session, "{path: /bars, query: {s: $symbol, from: $window.start, to: $window.end}}", path)
+    text = changed(text, f"request: {path}", f"request: {{path: {path}, query: {{d: $session}}}}")
+    problems = check_file(write(text))
+    if path == "/$session_":
+        assert "there is no $session_" in problems[0].message
+    else:
+        assert problems == []
+
+
+def test_window_names_joined_by_hyphens_are_names_of_their_own(write):
+    text = changed(DEFINITION, "path: /bars", "path: /bars/$window.year-$window.month-$window.day.csv")
+    assert check_file(write(text)) == []

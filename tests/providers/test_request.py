@@ -11,8 +11,10 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 import pytest
 
 from marketsync.definition import Definition
+from marketsync.document import dotted
 from marketsync.errors import ConfigurationError, ProviderError, SecretMissing
-from providers.request import Ask, build, constants, same_host, token_request, unknown_names
+from marketsync.names import wrong_names
+from providers.request import Ask, build, constants, same_host, token_request
 from providers.secrets import Secrets
 
 START, END = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 2, 1, tzinfo=UTC)
@@ -153,17 +155,18 @@ def test_unknown_names_are_told_with_the_choice_before_anything_is_asked() -> No
         },
         auth={"headers": {"X": "$KEY"}},
     )
-    found = "\n".join(unknown_names(wrong))
+    found = [f"{dotted(path)}: {message} {remedy}" for path, message, remedy in wrong_names(wrong)]
     for name, place in (("$symbl", "path"), ("$session", "json"), ("$venue", "schema.v.value"), ("$KEY", "auth")):
-        assert any(name in line and place in line for line in found.splitlines()), (name, found)
-    assert len(found.splitlines()) == 4
-    assert "$symbol" in found
-    assert unknown_names(definition(BARS)) == []
+        assert any(name in line and place in line for line in found), (name, found)
+    assert len(found) == 4
+    assert "$symbol" in found[0]
+    assert list(wrong_names(definition(BARS))) == []
 
 
 def test_a_value_from_a_batch_of_subjects_is_refused_since_rows_could_not_be_told_apart() -> None:
     schema = {"symbol": {"type": "str", "value": "$symbol"}, "ts": "datetime"}
-    assert "could not be told apart" in unknown_names(definition({**BARS, "schema": schema}))[0]
+    ((_, message, _),) = wrong_names(definition({**BARS, "schema": schema}))
+    assert "could not be told apart" in message
 
 
 def test_constants_follow_the_column_and_not_the_request(secrets: Secrets) -> None:
