@@ -24,7 +24,7 @@ from tasks.judge import KnownHole, KnownHoles, judge, open_spans, read_known_hol
 
 NAME = "test.bars"
 NOW = datetime(2025, 4, 1, 12, tzinfo=UTC)
-EXAMPLES = Path(__file__).parent.parent / "examples"
+HOLES = Path(__file__).parent.parent / "providers" / "replica" / "known_holes.yml"
 
 
 @pytest.fixture(scope="session")
@@ -521,7 +521,7 @@ def test_the_sample_market_is_complete_from_each_listing_on(shelf, new_york):
     market = bokeh()
     rows = pl.concat(market.series(s, "1Day").frame(0, 9999) for s in market.symbols)  # type: ignore[union-attr]
     shelf.put(spec, rows.select("symbol", "date").rows())
-    known = read_known_holes(EXAMPLES / "quickstart_holes.yml")
+    known = read_known_holes(HOLES)
     found = shelf.judge(
         spec, list(market.symbols), date(2000, 3, 1), until=date(2013, 3, 2), known=known, allowed_missing=0.0
     )
