@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import SchemaError, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
-from storage import classify, evolution, filters, gate, lazyframes, location, locks
+from storage import admission, classify, evolution, filters, lazyframes, location, locks
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -376,7 +376,7 @@ class ClickHouseStore:
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
     ) -> tuple[pl.DataFrame, list[str]]:
-        frame = gate.admit(dataset, frame, sent, self.capabilities)
+        frame = admission.admit(dataset, frame, sent, self.capabilities)
         for column in sent.columns:
             if column.type not in (ColumnType.DATE, ColumnType.DATETIME, ColumnType.DATETIME_NS):
                 continue

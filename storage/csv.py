@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from marketsync.errors import SchemaError, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
-from storage import classify, evolution, filters, gate, lazyframes, location, locks
+from storage import admission, classify, evolution, filters, lazyframes, location, locks
 from storage.files import sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -149,7 +149,7 @@ class CsvStore:
         def decide(state: _State) -> tuple[_Change | None, Written]:
             if state.lanes.get(batch.lane, 0) >= batch.seq:
                 return None, Written(already=True)
-            frame = gate.admit(dataset, batch.frame, batch.schema, self.capabilities)
+            frame = admission.admit(dataset, batch.frame, batch.schema, self.capabilities)
             frame, absent = evolution.fit(dataset, frame, batch.schema, state.schema)
             if batch.mode is Mode.APPEND:
                 return _Change(_by_file(dataset, frame, state.schema)), Written(inserted=frame.height)
@@ -165,7 +165,7 @@ class CsvStore:
         import polars as pl
 
         def decide(state: _State) -> tuple[_Change | None, Written]:
-            put = gate.admit(dataset, frame, schema, self.capabilities)
+            put = admission.admit(dataset, frame, schema, self.capabilities)
             put, absent = evolution.fit(dataset, put, schema, state.schema)
             inside = filters.expression(dataset, span, state.schema)
             if inside is not None and (outside := put.filter(~inside).height):

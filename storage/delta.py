@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
-from storage import evolution, gate, lazyframes, location, locks
+from storage import admission, evolution, lazyframes, location, locks
 from storage.evolution import PERIOD_COLUMN
 from storage.files import sync
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
@@ -252,11 +252,11 @@ class DeltaStore:
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
     ) -> tuple[pl.DataFrame, list[str]]:
-        """Return the frame, past the gate, as the data files will have it, and the columns it does not know."""
-        frame = gate.admit(dataset, frame, sent, self.capabilities)
+        """Return the frame, admitted, as the data files will have it, and the columns it does not know."""
+        frame = admission.admit(dataset, frame, sent, self.capabilities)
         frame, absent = evolution.fit(dataset, frame, sent, stored)
         physical = _physical(stored)
-        # strict, and after the gate nothing is lost
+        # strict, and after admission nothing is lost
         return (frame if frame.schema == physical else frame.cast(physical)), absent  # pyright: ignore[reportArgumentType]
 
     def _create(self, folder: Path, schema: Schema) -> None:

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from marketsync.errors import StoreBusy, StoreError
 from marketsync.schema import ColumnType, Schema
-from storage import evolution, gate, lazyframes, location, locks
+from storage import admission, evolution, lazyframes, location, locks
 from storage.files import sync, write_whole
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -121,7 +121,7 @@ class ParquetStore:
         def decide(state: _State) -> tuple[Change | None, Written]:
             if state.lanes.get(batch.lane, 0) >= batch.seq:
                 return None, Written(already=True)
-            frame = gate.admit(batch.dataset, batch.frame, batch.schema, self.capabilities)
+            frame = admission.admit(batch.dataset, batch.frame, batch.schema, self.capabilities)
             frame, absent = evolution.fit(batch.dataset, frame, batch.schema, state.schema)
             parts = self._parts(batch.dataset, state)
             return parts.append(frame) if batch.mode is Mode.APPEND else parts.upsert(frame, absent)
@@ -130,7 +130,7 @@ class ParquetStore:
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         def decide(state: _State) -> tuple[Change | None, Written]:
-            put = gate.admit(dataset, frame, schema, self.capabilities)
+            put = admission.admit(dataset, frame, schema, self.capabilities)
             put, absent = evolution.fit(dataset, put, schema, state.schema)
             return self._parts(dataset, state).replace(put, absent, span)
 

@@ -147,7 +147,7 @@ class Store(Protocol):
 
         Rows that are equal in all but the system columns stay as they are, with the `_segment` that brought them. A
         batch made before a column was added leaves that column alone. Raises `SchemaError`, and writes nothing, for a
-        frame that `gate.admit` refuses or a schema that the table has not been given by `ensure`.
+        frame that `admission.admit` refuses or a schema that the table has not been given by `ensure`.
         """
         ...
 
