@@ -424,6 +424,7 @@ class _Definition:
             dataset = self.definition.datasets[name]
             self._unused(name, dataset)
             self._over(name, dataset)
+            self._listed(name, dataset)
             self._faults(("datasets", name, "faults"), dataset.faults)
         self._faults(("faults",), self.definition.faults)
         self._rows()
@@ -431,6 +432,14 @@ class _Definition:
 
     def _say(self, path: FieldPath, message: str, remedy: str = "") -> None:
         self.found.append(Problem(self.document.name, self.document.line(path), dotted(path), message, remedy))
+
+    def _listed(self, name: str, dataset: Dataset) -> None:
+        for subject, spec in dataset.over.subjects.items():
+            place = ("datasets", name, "over", subject)
+            if spec.batch > 1 and not spec.join:
+                self._say((*place, "join"), "is empty, so the values of one request run into one another", "join: ','")
+            elif wrong := refused_symbol(spec, len(dataset.over.subjects), spec.list or ()):
+                self._say((*place, "list"), *wrong)
 
     def _unused(self, name: str, dataset: Dataset) -> None:
         known = known_names(dataset)
@@ -721,12 +730,53 @@ class _Whole:
                         f"{full} is asked over the universe '{spec.universe}', which this file does not have",
                         f"add universes: {{{spec.universe}: [...]}}",
                     )
+                elif wrong := self._refused(name, plan, spec, len(over.subjects)):
+                    self._say(*wrong)
                 elif spec.rows is not None and "." in spec.rows:
                     provider = spec.rows.partition(".")[0]
                     if provider != self.definitions[full.partition(".")[0]].provider:
                         self._dataset(("upstreams",), spec.rows)
         if plan.universe is not None and not isinstance(plan.universe, str) and not plan.universe:
             self._say(("plans", name, "universe"), "the list is empty", "list at least one symbol")
+
+    def _refused(self, name: str, plan: Plan, spec: Subjects, names: int) -> tuple[FieldPath, str, str] | None:
+        """Return where a plan's list, or the one of the universe it names, holds what cannot be asked for, and why."""
+        universe = plan.universe if spec.universe == "$plan" else spec.universe
+        if isinstance(universe, tuple):
+            place, symbols = ("plans", name, "universe"), universe
+        else:
+            named = self.configuration.universes.get(str(universe))
+            place, symbols = ("universes", str(universe)), (named and named.list) or ()
+        for index, symbol in enumerate(symbols):
+            if wrong := refused_symbol(spec, names, [symbol]):
+                return (*place, index), *wrong
+        return None
+
+
+def refused_symbol(spec: Subjects, names: int, symbols: Iterable[str]) -> tuple[str, str] | None:
+    """Return what is wrong with the first symbol that cannot be asked for as itself, and the remedy; None for none.
+
+    `spec` says how symbols go into a request, `names` how many names the dataset is asked over. A symbol that holds
+    the text which joins several would be taken for others by the provider, even when it is asked alone.
+    """
+    for symbol in symbols:
+        if not symbol.strip() or any(ord(character) < 32 or ord(character) == 127 for character in symbol):
+            return f"{symbol!r} is not a symbol: it is empty, or holds a line break or another control character", (
+                "write one symbol an item, or a line"
+            )
+        if spec.batch > 1 and spec.join in symbol:
+            parts = ", ".join(f"'{part}'" for part in symbol.split(spec.join))
+            return (
+                f"the symbol '{symbol}' holds '{spec.join}', which stands between the symbols of one request here: the "
+                f"provider would answer for {parts}",
+                "if those are meant, write them as symbols of their own; else ask with another `join`, or with "
+                "`batch: 1`, in a definition of your own",
+            )
+        if "|" in symbol and (names > 1 or spec.batch > 1):
+            return f"the symbol '{symbol}' holds '|', which joins the names of a subject here", (
+                "ask for it in a definition of your own that is asked over one name, with `batch: 1`"
+            )
+    return None
 
 
 def tiers_of(definition: Definition) -> list[str]:
@@ -878,6 +928,7 @@ def _inspected_configuration(path: Path, document: Document, secrets_required: b
                     for one in error.problems
                 ]
     for name, plan in configuration.plans.items():
+        problems += _refused_in_files(document, loaded, name, plan)
         holes = plan.judge.known_holes
         if holes is not None and not (path.parent / Path(holes).expanduser()).is_file():
             place = ("plans", name, "judge", "known_holes")
@@ -898,7 +949,7 @@ def _inspected_configuration(path: Path, document: Document, secrets_required: b
             continue  # told already
         if definition is not None:
             problems += _calendar_problems(own, _calendars_of(definition))
-    missing = [_missing_secret(document, loaded, name) for name in loaded.secrets if not _has_secret(loaded, name)]
+    missing = [problem for name in loaded.secrets if (problem := _secret_problem(document, loaded, name))]
     warnings = list(loaded.warnings)
     (problems if secrets_required else warnings).extend(missing)
     parts = (
@@ -909,6 +960,27 @@ def _inspected_configuration(path: Path, document: Document, secrets_required: b
     )
     summary = ", ".join(_counted(len(part), noun) for part, noun in parts)
     return Inspection(Kind.UPSTREAM, tuple(_in_order(problems)), tuple(_in_order(warnings)), summary)
+
+
+def _refused_in_files(document: Document, loaded: Loaded, name: str, plan: Plan) -> Iterator[Problem]:
+    """Yield what a plan's datasets cannot ask for in the files that its universes are kept in."""
+    for full in plan.datasets:
+        upstream, _, dataset = full.partition(".")
+        definition = loaded.definitions.get(upstream)
+        over = definition.datasets[dataset].over.subjects if definition and dataset in definition.datasets else {}
+        for spec in over.values():
+            universe = plan.universe if spec.universe == "$plan" else spec.universe
+            named = loaded.configuration.universes.get(universe) if isinstance(universe, str) else None
+            if named is None or named.file is None:
+                continue
+            try:
+                wrong = refused_symbol(spec, len(over), loaded.universe(str(universe)))
+            except ConfigurationError:
+                continue  # told already
+            if wrong:
+                place = ("universes", str(universe), "file")
+                message = f"{named.file}: {wrong[0]} (plan {name}, {full})"
+                yield Problem(document.name, document.line(place), dotted(place), message, wrong[1])
 
 
 def _counted(count: int, noun: str) -> str:
@@ -963,20 +1035,44 @@ def near_calendars(name: str, known: Iterable[str]) -> str:
     return "calendars go by ISO 10383: XNYS, XNAS, XSHG, XHKG, XLON, XTKS ...; 24/7 for markets that never close"
 
 
-def _has_secret(loaded: Loaded, name: str) -> bool:
-    files = [loaded.base / ".secrets" / name, Path("/run/secrets") / name]
-    if pointed := os.environ.get(f"{name}_FILE"):
-        files.append(Path(pointed))
-    return bool(os.environ.get(name)) or any(file.is_file() for file in files)
+def _secret_problem(document: Document, loaded: Loaded, name: str) -> Problem | None:
+    """Return why a secret has no value that can be used, looked up as `providers.secrets` does; None when it has."""
+    if os.environ.get(name):
+        return None
+    pointed = os.environ.get(f"{name}_FILE")
+    own = loaded.base / ".secrets" / name
+    for file in [Path(pointed)] if pointed else [Path("/run/secrets") / name, own]:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            if not pointed:
+                continue
+            return _about_secret(
+                document, loaded, name, f"{name}_FILE names {file}, which is not there", "write it, or unset it"
+            )
+        except OSError as error:
+            return _about_secret(
+                document, loaded, name, f"{file} cannot be read: {error.strerror}", "check who owns it"
+            )
+        except UnicodeDecodeError:
+            return _about_secret(document, loaded, name, f"{file} is not UTF-8 text", "write the key to it again")
+        if not (value := text.strip()):
+            return _about_secret(document, loaded, name, f"{file} is empty", "write the key to it")
+        if any(ord(character) < 32 for character in value):
+            return _about_secret(
+                document,
+                loaded,
+                name,
+                f"{file} holds more than one line, or a control character",
+                "leave only the key in it",
+            )
+        return None
+    remedy = f"set the environment variable {name}, or write it to {own}"
+    return _about_secret(document, loaded, name, "", remedy)
 
 
-def _missing_secret(document: Document, loaded: Loaded, name: str) -> Problem:
+def _about_secret(document: Document, loaded: Loaded, name: str, why: str, remedy: str) -> Problem:
     users = [up for up, spec in loaded.definitions.items() if name in SECRET.findall(spec.auth.model_dump_json())]
     place: FieldPath = ("upstreams", users[0]) if users else ()
-    return Problem(
-        document.name,
-        document.line(place),
-        dotted(place),
-        f"the secret {name} has no value",
-        f"set the environment variable {name}, or write it to {loaded.base / '.secrets' / name}",
-    )
+    message = f"the secret {name} has no value" + (f": {why}" if why else "")
+    return Problem(document.name, document.line(place), dotted(place), message, remedy)

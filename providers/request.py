@@ -98,6 +98,13 @@ def names_of(dataset: Dataset, ask: Ask) -> dict[str, Value]:
     }
     for name, subjects in dataset.over.subjects.items():
         given = ask.values.get(name, ())
+        if subjects.batch > 1 and (wrong := next((one for one in given if subjects.join in one), None)) is not None:
+            # here and not only in `check`: symbols may come from the rows of another dataset
+            raise ConfigurationError(
+                f"dataset {ask.dataset}: the {name} '{wrong}' holds '{subjects.join}', which stands between those of "
+                "one request, so the provider would answer for others; leave it out of the universe (`where:`), or "
+                "ask with another `join`, or with `batch: 1`, in a definition of your own"
+            )
         values[name] = subjects.join.join(given) if given else None
     whole = dataset.whole_windows
     start = ask.window_start if whole and ask.window_start else ask.start

@@ -51,7 +51,7 @@ class Secrets:
         pointed = self._environment.get(f"{name}_FILE")
         if pointed:
             try:
-                return _read(Path(pointed))
+                return _read(name, Path(pointed), f", which {name}_FILE names")
             except OSError as error:
                 raise SecretMissing(
                     f"the secret {name} cannot be read from {pointed}, which {name}_FILE names: {error.strerror}"
@@ -59,7 +59,7 @@ class Secrets:
         for folder in (self._mounted, self._folder):
             path = folder / name
             try:
-                return _read(path)
+                return _read(name, path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -90,6 +90,19 @@ class Secrets:
         return f"Secrets({str(self._folder)!r})"
 
 
-def _read(path: Path) -> str:
-    # an editor's last line break is no part of a secret, and a header cannot hold one
-    return path.read_text(encoding="utf-8").strip()
+def _read(name: str, path: Path, whose: str = "") -> str:
+    """Return what the file holds; SecretMissing when that cannot be sent."""
+
+    def refuse(what: str, remedy: str) -> SecretMissing:
+        return SecretMissing(f"the secret {name} has no value: {path}{whose} {what}; {remedy}")
+
+    try:
+        # an editor's last line break is no part of a secret, and a header cannot hold one
+        value = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise refuse("is not UTF-8 text", "write the key to it again") from None
+    if not value:
+        raise refuse("is empty", "write the key to it")
+    if any(ord(character) < 32 for character in value):
+        raise refuse("holds more than one line, or a control character", "leave only the key in it")
+    return value

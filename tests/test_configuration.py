@@ -548,3 +548,81 @@ def test_a_name_ends_before_an_extension_or_a_hyphen(write, path):
 def test_window_names_joined_by_hyphens_are_names_of_their_own(write):
     text = changed(DEFINITION, "path: /bars", "path: /bars/$window.year-$window.month-$window.day.csv")
     assert check_file(write(text)) == []
+
+
+# ------------------------------------------------------------ symbols that would be taken for others
+
+BATCHED = DEFINITION.replace("{universe: $plan}", "{universe: $plan, batch: 10}")
+OWN = """\
+upstreams: {acme: {definition: ./acme.yml}}
+universes:
+  tech:
+    - AAPL
+    - "A,B"
+  kept: {file: symbols.txt}
+plans:
+  nightly: {datasets: acme.bars, universe: tech, since: 2000-01-01}
+"""
+
+
+def test_a_symbol_that_holds_what_joins_symbols_is_refused_where_it_stands(write):
+    write(BATCHED, "acme.yml")
+    write("AAPL\nMSFT\n", "symbols.txt")
+    (problem,) = check_file(write(OWN, "upstream.yml"))
+    assert (problem.line, problem.field) == (5, "universes.tech.1")
+    assert "would answer for 'A', 'B'" in problem.message
+    assert "symbols of their own" in problem.remedy
+    with pytest.raises(ConfigurationError, match="'A,B' holds ','"):
+        load_configuration(write(OWN, "upstream.yml"))
+
+
+def test_a_symbol_with_a_comma_is_one_symbol_where_a_request_asks_for_one(write):
+    write(DEFINITION, "acme.yml")
+    write("AAPL\n", "symbols.txt")
+    assert check_file(write(OWN, "upstream.yml")) == []
+
+
+def test_a_line_of_several_symbols_in_a_universe_file_is_told_with_the_file(write):
+    write(BATCHED, "acme.yml")
+    write("IBM\nAAPL,MSFT\n", "symbols.txt")
+    text = changed(changed(OWN, "universe: tech", "universe: kept"), '"A,B"', "B")
+    (problem,) = check_file(write(text, "upstream.yml"))
+    assert problem.field == "universes.kept.file"
+    assert problem.message.startswith("symbols.txt: the symbol 'AAPL,MSFT' holds ','")
+
+
+@pytest.mark.parametrize("symbol", ['"A\\nB"', '"A\\tB"', '" "', '""'])
+def test_a_symbol_without_a_name_or_with_a_control_character_is_refused(write, symbol):
+    write(DEFINITION, "acme.yml")
+    write("AAPL\n", "symbols.txt")
+    (problem,) = check_file(write(changed(OWN, '"A,B"', symbol), "upstream.yml"))
+    assert "is not a symbol" in problem.message
+
+
+def test_a_list_of_a_definition_is_looked_at_as_well(write):
+    text = changed(DEFINITION, "{universe: $plan}", '{list: [A, "B,C"], batch: 2}')
+    (problem,) = check_file(write(text))
+    assert (problem.field, problem.line) == ("datasets.bars.over.symbol.list", 5)
+
+
+# ------------------------------------------------------------ secrets in files
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe\x00k", "is not UTF-8"), (b"a\nb\n", "more than one line")],
+)
+def test_a_secret_file_that_holds_no_key_is_named(write, tmp_path, content, why):
+    (tmp_path / ".secrets").mkdir()
+    (tmp_path / ".secrets" / "TUSHARE_TOKEN").write_bytes(content)
+    path = write("upstreams: {tushare: {tier: points_120}}\n")
+    (problem,) = inspect_file(path, secrets_required=True).problems
+    assert "the secret TUSHARE_TOKEN has no value" in problem.message
+    assert str(tmp_path / ".secrets" / "TUSHARE_TOKEN") in problem.message
+    assert why in problem.message
+
+
+def test_a_variable_that_names_a_file_that_is_not_there_is_told(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUSHARE_TOKEN_FILE", str(tmp_path / "gone"))
+    (problem,) = inspect_file(write("upstreams: {tushare: {tier: points_120}}\n"), secrets_required=True).problems
+    assert f"TUSHARE_TOKEN_FILE names {tmp_path / 'gone'}, which is not there" in problem.message

@@ -328,3 +328,9 @@ def test_all_pages_of_a_chain_ask_for_the_same_but_for_the_page(secrets: Secrets
     assert query(second) == {**query(first), "page_token": "T"}
     assert query(first)["limit"] == "7"  # the page's size replaces what the query says
     assert "T" not in second.label.partition("(page")[2]
+
+
+def test_a_value_that_holds_what_joins_values_is_never_sent(secrets: Secrets) -> None:
+    spec = definition({**BARS, "over": {"symbol": {"universe": "$plan", "batch": 3}, "window": "1 month"}})
+    with pytest.raises(ConfigurationError, match="'A,B' holds ','"):
+        build(spec, ask(values={"symbol": ("A,B",)}), None, secrets)

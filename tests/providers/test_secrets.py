@@ -67,3 +67,16 @@ def test_what_was_looked_up_is_in_no_text_any_more(tmp_path: Path) -> None:
     assert value not in secrets.redact(f"refused: {value}")
     assert "s3cr3t%2Fword%2B1" not in secrets.redact("GET /x?p=s3cr3t%2Fword%2B1")
     assert value not in repr(secrets)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b" \n", "is empty"), (b"\xff\xfe", "is not UTF-8"), (b"a\r\nX-Admin: 1", "more than one line")],
+)
+def test_a_file_that_holds_no_key_is_named(tmp_path: Path, content: bytes, why: str) -> None:
+    file = tmp_path / ".secrets" / "KEY"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    with pytest.raises(SecretMissing, match=why) as caught:
+        Secrets(tmp_path, environment={}, mounted=tmp_path / "none").get("KEY")
+    assert str(file) in str(caught.value)
