@@ -1,0 +1,194 @@
+"""What a run leaves for the next: each symbol goes on from its own end, a chain from its own page, a stopped run from
+where it stood, and a store that is new from its sibling. The replica's log is the witness."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from datetime import date, timedelta
+
+import polars as pl
+import pytest
+from synced_place import PATIENCE_SECONDS, Place, alpaca_by_month, asked_again, ended, environment, eventually
+
+SYMBOLS = ["AAPL", "GOOG", "IBM", "MSFT"]
+FIRST, LAST = date(2000, 3, 1), date(2013, 3, 1)
+PLAN = {"datasets": ["alpaca.daily_bars"], "universe": SYMBOLS, "since": str(FIRST), "until": str(LAST)}
+
+
+def firsts(log: list[dict]) -> dict[str, str]:
+    """The earliest day that each symbol was asked for."""
+    found: dict[str, str] = {}
+    for entry in log:
+        asked = entry["request"]["params"]
+        for symbol in asked["symbols"].split(","):
+            found[symbol] = min(asked["start"][:10], found.get(symbol, "9999"))
+    return found
+
+
+def test_three_symbols_that_end_on_different_days_are_each_continued_from_their_own_end(place):
+    made = place()
+    made.write({**PLAN, "universe": ["AAPL", "IBM", "MSFT"]})
+    ends = {"AAPL": date(2003, 5, 14), "IBM": date(2009, 12, 31), "MSFT": date(2011, 7, 8)}
+    for symbol, end in ends.items():
+        assert made.sync("--only", symbol, "--until", str(end)).code == 0
+    before = made.requests
+    done = made.sync()
+    assert done.code == 0, done.words
+    assert firsts(made.log[before:]) == {symbol: str(end + timedelta(days=1)) for symbol, end in ends.items()}
+    assert made.bars().equals(made.source(ends, FIRST, LAST))
+    assert sum(entry["rows"] for entry in made.log) == made.bars().height, "no row is paid for twice"
+
+
+def chain_of_thirty(place) -> Place:
+    """One symbol and one window of 300 rows in pages of 10; a segment for each second page."""
+    made = place()
+    last = made.source(["IBM"])["ts"][299]
+    until = pl.Series([last]).cast(pl.Datetime("us", "UTC")).dt.date()[0]
+    plan = {**PLAN, "universe": ["IBM"], "until": str(until), "segment": {"requests": 2}}
+    definition = alpaca_by_month(10).replace("window: 1 month", "window: 5 years")
+    made.write(plan, definition=definition, upstream={"tuning": {"attempts": 1}})
+    return made
+
+
+@pytest.mark.parametrize("fault", ["server_error", "connection_reset"])
+def test_a_chain_of_30_pages_that_fails_at_request_27_continues_with_request_27(place, fault):
+    made = chain_of_thirty(place)
+    made.replica.set_faults([{"fault": fault, "when": {"request": 27}}])
+    failed = made.sync()
+    assert (failed.code, failed.state, failed.report["work"]["failed"]) == (1, "failed", 1)
+    assert made.requests == 27
+    done = made.sync()
+    assert (done.code, done.sent) == (0, 4), done.words
+    asked = [entry["request"]["params"].get("page_token") for entry in made.log]
+    assert asked[27] == asked[26] is not None
+    assert asked_again(made.log) == [(27, 26)]
+    assert len(set(asked)) == 30
+    assert made.bars().equals(made.source(["IBM"]).head(300))
+
+
+def test_a_chain_that_is_killed_at_request_27_continues_within_its_last_two_pages(place):
+    made = chain_of_thirty(place)
+    made.replica.set_faults([{"fault": "timeout", "when": {"request": 27}}])
+    process = made.start()
+    made.wait_for_requests(27)
+    process.kill()
+    process.communicate()
+    done = made.sync()
+    assert done.code == 0, done.words
+    assert 4 <= done.sent <= 4 + 2
+    assert made.bars().equals(made.source(["IBM"]).head(300))
+
+
+# ---------------------------------------------------------------- stopped by hand
+
+
+def running(place, *, pages: int = 20) -> tuple[Place, subprocess.Popen[str]]:
+    """A place with a run that has some hundred requests before it, and has sent a few."""
+    made = place(delay=(0.01, 0.03))
+    made.write(PLAN, definition=alpaca_by_month(10_000), upstream={"limits": [{"requests": 100_000, "per": "minute"}]})
+    process = made.start()
+    made.wait_for_requests(pages)
+    return made, process
+
+
+def check_rest(made: Place) -> None:
+    """One more run fetches the rest, nothing twice, and then everything is there once."""
+    done = made.sync()
+    assert done.code == 0, done.words
+    assert asked_again(made.log) == []
+    assert made.bars().equals(made.source(SYMBOLS, FIRST, LAST))
+    assert made.spooled() == []
+
+
+@pytest.mark.parametrize("word", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_run_at_its_next_page_with_4_and_what_was_fetched_is_kept(place, word):
+    made, process = running(place)
+    process.send_signal(signal.Signals[word])
+    stopped = ended(process)
+    assert (stopped.code, stopped.state) == (4, "paused"), stopped.words
+    assert "stopping at the next page" in stopped.stderr
+    assert made.requests == stopped.sent < 200
+    assert made.bars().height == sum(entry["rows"] for entry in made.log) > 0
+    assert made.spooled() == []
+    check_rest(made)
+
+
+def test_a_second_signal_ends_a_run_at_once_and_nothing_durable_is_lost(place):
+    made, process = running(place)
+    made.replica.set_faults([{"fault": "timeout", "when": {"request": "every 1"}}])
+    eventually(lambda: any(entry["fault"] == "timeout" for entry in made.log), "a request that hangs")
+    process.send_signal(signal.SIGINT)
+    eventually(lambda: process.stderr is not None and process.stderr.readline(), "the word that it stops")
+    process.send_signal(signal.SIGINT)
+    process.wait(PATIENCE_SECONDS)
+    assert process.stderr is not None
+    assert process.returncode == 4
+    assert "Traceback" not in process.stderr.read()
+    process.communicate()
+    made.replica.set_faults([])
+    done = made.sync()
+    assert done.code == 0, done.words
+    assert made.bars().equals(made.source(SYMBOLS, FIRST, LAST))
+
+
+def test_a_paused_plan_stops_at_its_next_page_and_sends_nothing_until_it_is_resumed(place):
+    made, process = running(place)
+    assert made.run("pause", "p").returncode == 0
+    stopped = ended(process)
+    assert (stopped.code, stopped.state) == (4, "paused"), stopped.words
+    sent = made.requests
+    assert sent < 400
+    held = made.sync()
+    assert (held.code, held.state, held.sent) == (4, "paused", 0)
+    assert "marketsync resume p" in held.words
+    assert made.requests == sent
+    assert made.run("resume", "p").returncode == 0
+    check_rest(made)
+
+
+def test_a_cancelled_run_stops_at_its_next_page_and_the_next_one_asks_for_the_rest(place):
+    made, process = running(place)
+    assert made.run("cancel", "p").returncode == 0
+    stopped = ended(process)
+    assert (stopped.code, stopped.state) == (4, "cancelled"), stopped.words
+    assert made.requests < 400
+    check_rest(made)
+
+
+# ---------------------------------------------------------------- without a request
+
+
+def test_a_store_that_is_added_is_filled_from_its_sibling_without_a_request(place):
+    made = place()
+    made.write(PLAN)
+    assert made.sync().code == 0
+    before = made.requests
+    made.write({**PLAN, "stores": ["default", "second"]}, stores={**made.stores, "second": "parquet://./second"})
+    done = made.sync()
+    assert (done.code, done.sent, made.requests) == (0, 0, before), done.words
+    assert "copied from a sibling store" in done.words
+    source = made.source(SYMBOLS, FIRST, LAST)
+    assert made.bars("second").equals(source)
+    assert made.bars("default").equals(source)
+
+
+def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
+    def quickstart() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", "quickstart", "--directory", str(tmp_path / "q")],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    nothing = "Everything was here already: no request was sent."
+    first = quickstart()
+    assert nothing not in first
+    assert "12,154" in first
+    assert nothing in quickstart()
