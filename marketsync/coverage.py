@@ -46,6 +46,17 @@ class Covered:
     work_id: str | None = None
 
 
+@dataclass(frozen=True)
+class Refused:
+    """What the provider would not answer (`dropped`: as a wrong request, which is not asked again by itself), or could
+    not although it was asked again and again; in its own words."""
+
+    span: Interval
+    dropped: bool
+    at: datetime
+    words: str
+
+
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
     """Return the union, sorted, with touching intervals joined and empty ones left out."""
     result: list[Interval] = []

@@ -1159,6 +1159,26 @@ class Ledger:
         with self._read() as connection:
             return [_segment_of(row) for row in connection.execute(query)]
 
+    def on_the_way(self, store_ids: Sequence[str], dataset: str) -> bool:
+        """Return whether a living worker still delivers rows of the dataset to one of the stores."""
+        with self._read() as connection:
+            lanes = connection.scalars(
+                sa.select(_segment.c.lane)
+                .join(_delivery, _delivery.c.segment_id == _segment.c.segment_id)
+                .where(
+                    _delivery.c.store_id.in_(list(store_ids)),
+                    _delivery.c.state == "owed",
+                    _segment.c.dataset == dataset,
+                )
+                .distinct()
+            ).all()
+            now = self._clock.now()
+            for part in _chunks([f"lane:{lane}" for lane in lanes]):
+                holds = connection.execute(sa.select(_hold).where(_hold.c.name.in_(part), _hold.c.until > now))
+                if any(not owner_is_dead(row.owner) for row in holds):
+                    return True
+        return False
+
     def delivered(
         self, store_id: str, segments: Sequence[Segment], inserted: int, updated: int, unchanged: int
     ) -> list[str]:

@@ -186,6 +186,11 @@ def halves(dataset: Dataset, unit: Unit, *, smallest: timedelta) -> tuple[Unit, 
             replace(unit, end=middle, window_end=middle),
             replace(unit, start=middle, window_start=middle),
         )
+    return subjects_in_two(unit)
+
+
+def subjects_in_two(unit: Unit) -> tuple[Unit, Unit] | None:
+    """Return the unit as two with half of its subjects each; None when it has but one."""
     for index, (name, values) in enumerate(unit.values):
         if len(values) > 1:
             half = len(values) // 2

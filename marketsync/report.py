@@ -77,8 +77,8 @@ class RequestCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """Rows, summed over the run's segments and stores: in each segment and store
-    fetched = inserted + updated + unchanged + duplicates + quarantined."""
+    """Rows of a run in the first store of its plan (each store's own are in `datasets`), summed over the segments: in
+    each segment and store fetched = inserted + updated + unchanged + duplicates + quarantined."""
 
     fetched: int = 0
     inserted: int = 0
@@ -96,7 +96,7 @@ class Remark:
     how many alike it stands for.
     """
 
-    kind: str  # failed, stopped, store; dropped, quarantined, waiting, not_yet, cool_down
+    kind: str  # failed, stopped, store; dropped, still_dropped, quarantined, waiting, not_yet, cool_down
     dataset: str = ""
     subject: str = ""
     message: str = ""
@@ -444,9 +444,11 @@ def state_after(
     waits_for_publication: bool = False,
     paused: bool = False,
     cancelled: bool = False,
+    still_dropped: bool = False,
 ) -> RunState:
     """Return the state of a run from what happened; the gravest wins, as exit codes do (failed, cancelled, paused,
-    waiting, findings). A dropped unit is a finding; `stopped` says that a provider or store refused altogether."""
+    waiting, findings). A dropped unit is a finding, and stays one (`still_dropped`) until it is asked again; `stopped`
+    says that a provider or store refused altogether."""
     if work.failed or stopped:
         return RunState.FAILED
     if cancelled:
@@ -457,7 +459,7 @@ def state_after(
         return RunState.WAITING_FOR_QUOTA
     if waits_for_publication:
         return RunState.WAITING_FOR_PUBLICATION
-    if findings or work.dropped:
+    if findings or work.dropped or still_dropped:
         return RunState.COMPLETED_WITH_FINDINGS
     return RunState.COMPLETED
 
@@ -477,6 +479,14 @@ def suggested(report: RunReport) -> tuple[NextStep, ...]:
     stores = sorted({part.store for part in report.datasets if part.state})
     if stores:
         steps.append(NextStep(command=again, why=f"delivers what {', '.join(stores)} could not take, without fetching"))
+    if report.work.dropped or any(remark.kind == "still_dropped" for remark in report.remarks):
+        steps.append(
+            NextStep(
+                command=f"{again} --retry-failed",
+                why="asks again for what was refused as a wrong request, once its cause is mended (a misspelt symbol: "
+                "take it out of the plan)",
+            )
+        )
     if any(judgement.missing for judgement in report.judgements):
         steps.append(
             NextStep(command=f"marketsync report {report.run} --html report.html", why="shows every hole on its day")

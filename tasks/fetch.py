@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -26,9 +26,10 @@ from marketsync.planning import Unit
 from providers.client import Ask, Outcome
 from storage.protocol import Written
 from tasks.deliver import Deliverer
+from tasks.runner import AIR_SECONDS
 from tasks.segments import PageRows, SegmentWriter
 from tasks.tally import Counts, Note, Tally
-from tasks.watch import Watch
+from tasks.watch import Stop, Watch
 
 if TYPE_CHECKING:
     import polars as pl
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 COOL_DOWNS = 30  # in a row on one request before the unit is left for the next run
 LONGEST_BACK_OFF = 60.0
+DROPS_IN_A_ROW = 12  # after so many refused requests it is not one subject that is wrong
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ class Fetched:
 class UnitSource:
     """Hands out leased units to the threads of one step, planning lazily and claiming in small groups."""
 
-    def __init__(self, scope: Scope, owner: str, tally: Tally, threads: int):
+    def __init__(self, scope: Scope, owner: str, tally: Tally, threads: int, *, newest_first: bool = False):
         self._scope, self._owner, self._tally = scope, owner, tally
         self._lock = threading.Lock()
+        self._newest_first = newest_first
+        self._newest: set[str] = set()  # work ids of units under way that ask for the newest
+        self._ended = threading.Condition(self._lock)
         self._ready: deque[Work] = deque()
         self._asked: deque[Unit] = deque()
         self._chunk = max(2, threads)
@@ -93,34 +98,62 @@ class UnitSource:
         with self._lock:
             self._asked.append(unit)
 
-    def next(self) -> Work | None:
-        """Lease the next unit; None when nothing more is owed (or it is in other hands: `elsewhere`)."""
+    def next(self, over: Callable[[], bool]) -> Work | None:
+        """Lease the next unit; None when nothing more is owed (or it is in other hands: `elsewhere`).
+
+        With `newest_first`, what is older waits until the newest is there (or the step is `over`): side by side they
+        would spend a day's quota together, and the newest is what it is for.
+        """
         with self._lock:
-            while not self._ready:
-                candidates = self._candidates()
-                if not candidates:
+            while True:
+                if (not self._ready or (self._newest_first and self._asked)) and not self._lease():
                     return None
-                claims = self._scope.ledger.claim(
-                    run_id=self._scope.run_id,
-                    plan=self._scope.plan_name,
-                    dataset=self._scope.dataset,
-                    request_hash=self._scope.request_hash,
-                    candidates=candidates,
-                    owner=self._owner,
-                    still_owed=self._scope.still_owed,
-                    store_ids=self._scope.store_ids,
-                    whole=self._whole,
-                    begun_since=self._scope.run_started if self._scope.options.refetch else None,
-                )
-                for unit in claims.too_large:
-                    parts = self._scope.halves(unit)
-                    if parts is None:
-                        self._whole.add(unit.work_id(self._scope.request_hash))
-                    self._asked.extend(parts or (unit,))
-                self._ready.extend(claims.work)
-                self.elsewhere += len(claims.elsewhere)
-                self._tally.add(units=len(claims.work))
-            return self._ready.popleft()
+                if not self._newest_first:
+                    return self._ready.popleft()
+                work = next((work for work in self._ready if self._scope.recent(work.unit)), None)
+                if work is not None:
+                    self._newest.add(work.work_id)
+                elif not self._newest:
+                    work = self._ready[0]
+                if work is not None:
+                    self._ready.remove(work)
+                    return work
+                self._ended.wait(AIR_SECONDS)
+                if over():
+                    return None
+
+    def ended(self, work: Work) -> None:
+        """Note that a unit's chain is at its end, or was left."""
+        with self._lock:
+            self._newest.discard(work.work_id)
+            self._ended.notify_all()
+
+    def _lease(self) -> bool:
+        """Lease more units; False when none is ready after that."""
+        while candidates := self._candidates():
+            claims = self._scope.ledger.claim(
+                run_id=self._scope.run_id,
+                plan=self._scope.plan_name,
+                dataset=self._scope.dataset,
+                request_hash=self._scope.request_hash,
+                candidates=candidates,
+                owner=self._owner,
+                still_owed=self._scope.still_owed,
+                store_ids=self._scope.store_ids,
+                whole=self._whole,
+                begun_since=self._scope.run_started if self._scope.options.refetch else None,
+            )
+            for unit in claims.too_large:
+                parts = self._scope.halves(unit)
+                if parts is None:
+                    self._whole.add(unit.work_id(self._scope.request_hash))
+                self._asked.extend(parts or (unit,))
+            self._ready.extend(claims.work)
+            self.elsewhere += len(claims.elsewhere)
+            self._tally.add(units=len(claims.work))
+            if self._ready:
+                break
+        return bool(self._ready)
 
     def _candidates(self) -> list[Unit]:
         chosen: list[Unit] = []
@@ -153,6 +186,7 @@ class Fetcher:
         self._halt: Halt | None = None
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
+        self._dropped_in_a_row = 0
         self._asked = False  # whether this step has sent a request
         self._cut_short = False  # whether time was up before all was asked
         self._tried = 0
@@ -187,7 +221,9 @@ class Fetcher:
                 )
                 for target in scope.targets
             ]
-            source = UnitSource(scope, self._watch.owner, self._tally, self._threads)
+            source = UnitSource(
+                scope, self._watch.owner, self._tally, self._threads, newest_first=self._threads > 1 and scope.has_quota
+            )
 
             def sealed(segment: Segment, frame: pl.DataFrame | None) -> None:
                 for deliverer in deliverers:
@@ -234,6 +270,8 @@ class Fetcher:
                     break
                 source.plan()
             result.more = self._cut_short and self._halt is None and self._watch.stop is None
+        if not (result.more or self._over() or any(deliverer.down for deliverer in deliverers)):
+            self._await_others()
         for deliverer, target in zip(deliverers, scope.targets, strict=True):
             if deliverer.down is not None:
                 result.stores_down[target.store_id] = deliverer.down
@@ -245,6 +283,13 @@ class Fetcher:
         result.stores = self._tally.stores
         result.ended = self._clock.now()
         return result
+
+    def _await_others(self) -> None:
+        """Wait until what other processes have received is in the stores: what is judged next would miss it."""
+        scope = self._scope
+        while scope.ledger.on_the_way(scope.store_ids, scope.dataset) and not self._time_is_up():
+            if self._clock.sleep(1.0, self._watch.wake):
+                return
 
     def _round(self, source: UnitSource, writer: SegmentWriter) -> None:
         if not self._threaded:
@@ -279,13 +324,16 @@ class Fetcher:
             while not self._over():
                 if not self._threaded:
                     self._watch.look()
-                work = source.next()
+                work = source.next(self._over)
                 if work is None:
                     return
                 try:
                     self._chain(work, source, writer)
                 except LeaseLost as lost:
+                    self._tally.add(units=-1)
                     log.warning("%s", lost)
+                finally:
+                    source.ended(work)
         except Interrupted:
             return
         except BaseException as error:  # noqa: BLE001 - raised again by the step when every thread has ended
@@ -351,6 +399,7 @@ class Fetcher:
                     )
                 )
                 cursor = outcome.cursor
+                self._dropped_in_a_row = 0
                 if last:
                     self._tally.add(**({"done": 1} if rows else {"done": 1, "empty": 1}))
                     self._succeeded()
@@ -405,10 +454,7 @@ class Fetcher:
                 cursor = None
                 self._tally.add(retried=1)
             elif verdict is Verdict.DROP:
-                self._tally.add(dropped=1)
-                self._note("dropped", unit, outcome, "refused as a wrong request")
-                self._leave(work, writer, None, WorkState.DROPPED, outcome)
-                self._succeeded()
+                self._drop(work, source, writer, outcome)
                 return
             else:  # stop_provider, stop_dataset, refresh_auth that did not help, fail
                 self._stop(work, writer, cursor, outcome)
@@ -437,6 +483,9 @@ class Fetcher:
                 error=error or (None if outcome is None else outcome.message),
             )
         )
+        if state is WorkState.OWED:
+            # It did not come to an end: a run counts those that did.
+            self._tally.add(**({"cancelled": 1} if self._watch.stop is Stop.CANCEL else {"units": -1}))
 
     def _wait_until(
         self,
@@ -493,9 +542,28 @@ class Fetcher:
             self._leave(work, writer, None, WorkState.FAILED, outcome)
             return
         self._leave(work, writer, None, WorkState.SPLIT, outcome)
-        # The parent's lease must have ended before its halves can be leased.
-        writer.flush()
         self._tally.add(units=-1)
+        self._replaced(source, writer, parts)
+
+    def _drop(self, work: Work, source: UnitSource, writer: SegmentWriter, outcome: Outcome) -> None:
+        """Drop what the provider calls a wrong request. Where many subjects share a request, they are asked in smaller
+        groups until the one it means stands alone, unless it seems to mean every request."""
+        self._succeeded()
+        with self._lock:
+            self._dropped_in_a_row += 1
+            parts = self._scope.apart(work.unit) if self._dropped_in_a_row <= DROPS_IN_A_ROW else None
+        if parts is None:
+            self._tally.add(dropped=1)
+            self._note("dropped", work.unit, outcome, "refused as a wrong request")
+            self._leave(work, writer, None, WorkState.DROPPED, outcome)
+            return
+        self._leave(work, writer, None, WorkState.OWED, outcome)
+        self._replaced(source, writer, parts)
+
+    def _replaced(self, source: UnitSource, writer: SegmentWriter, parts: Sequence[Unit]) -> None:
+        """Ask for the parts of a unit in its stead."""
+        # The parent's lease must have ended before its parts can be leased.
+        writer.flush()
         for part in parts:
             source.put_first(part)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
-from marketsync.coverage import Answer, Covered, Interval, merged
+from marketsync.coverage import Answer, Covered, Interval, Refused, merged
 from marketsync.definition import Dataset
 from marketsync.document import read_document
 from marketsync.durations import parse_daily_time
@@ -142,6 +142,7 @@ def judge(
     now: datetime,
     until: date | None = None,
     coverage: Mapping[str, Sequence[Covered]] | None = None,
+    refused: Mapping[str, Sequence[Refused]] | None = None,
     known: KnownHoles = KnownHoles(),
     fresh_by: str | None = None,
     allowed_missing: float = 0.0,
@@ -154,7 +155,8 @@ def judge(
     that are published at `now` are expected. With `spans` only their days are judged, and freshness.
 
     `coverage` is the ledger's, by subject. It tells what was asked: an absent session that was answered empty for good
-    is empty, one never asked is missing even before the first row, one answered with rows and still absent is missing;
+    is empty, one never asked is missing even before the first row (with the provider's words where it is in `refused`),
+    one answered with rows and still absent is missing;
     without coverage every absence after the first row is missing. Sessions before a subject's first row are not
     expected, unless a known hole that is open at its beginning says when it was listed. With `spans`, a subject that
     lacks sessions is looked up in the quarter before them (and in `firsts`: first dates known from elsewhere), so that
@@ -199,6 +201,9 @@ def judge(
     if days is None:
         return judgement
     asked = None if coverage is None else _by_column(coverage)
+    denied: dict[str, list[Refused]] = defaultdict(list)
+    for name, pieces in (refused or {}).items():
+        denied[name.split("|")[0]] += pieces
     existed = {name for name, first in (firsts or {}).items() if ranges and first < ranges[0][0]}
     if spans is not None and ranges:
         existed |= _lately(
@@ -211,7 +216,13 @@ def judge(
     verdicts = {
         name: list(
             _verdicts(
-                name, days, tally, None if asked is None else asked.get(name, []), known.of(name), name in existed
+                name,
+                days,
+                tally,
+                None if asked is None else asked.get(name, []),
+                known.of(name),
+                name in existed,
+                denied.get(name, ()),
             )
         )
         for name in tally.names
@@ -612,6 +623,7 @@ def _verdicts(
     pieces: Sequence[Covered] | None,
     known: Sequence[KnownHole],
     existed: bool,
+    refused: Sequence[Refused],
 ) -> Iterator[_Verdict]:
     """Yield what each absence of one subject means: its gaps, cut where the answer changes."""
     gaps = tally.gaps.get(name, [])
@@ -628,7 +640,12 @@ def _verdicts(
     answered = [
         (bisect_left(days.starts, piece.start), bisect_right(days.ends, piece.end), piece) for piece in pieces or ()
     ]
+    denied = [
+        (bisect_left(days.starts, one.span.start), bisect_right(days.ends, one.span.end), _denial(one))
+        for one in sorted(refused, key=lambda one: one.at, reverse=True)
+    ]
     cuts = {days.graceful, listed, *([] if born is None else [born])}
+    cuts.update(edge for begin, end, _ in denied for edge in (begin, end))
     cuts.update(edge for begin, end, _ in explained for edge in (begin, end))
     cuts.update(edge for begin, end, _ in answered for edge in (begin, end))
     inside = sorted(cuts)
@@ -636,7 +653,7 @@ def _verdicts(
         edges = [low, *inside[bisect_right(inside, low) : bisect_right(inside, high)], high + 1]
         for begin, end in pairwise(edges):
             yield _Verdict(
-                begin, end - 1, *_meaning(begin, days, born, listed, explained, answered, pieces is not None)
+                begin, end - 1, *_meaning(begin, days, born, listed, explained, answered, pieces is not None, denied)
             )
 
 
@@ -648,6 +665,7 @@ def _meaning(
     explained: Sequence[tuple[int, int, str]],
     answered: Sequence[tuple[int, int, Covered]],
     asked_known: bool,
+    denied: Sequence[tuple[int, int, str]],
 ) -> tuple[HoleState | None, str, bool]:
     if at < listed:
         return None, "", False
@@ -657,7 +675,8 @@ def _meaning(
     piece = next((piece for begin, end, piece in answered if begin <= at < end), None)
     young = at >= days.graceful
     if piece is None and asked_known:
-        return (HoleState.NOT_YET if young else HoleState.MISSING), "not asked yet", False
+        why = next((words for begin, end, words in denied if begin <= at < end), "not asked yet")
+        return (HoleState.NOT_YET if young else HoleState.MISSING), why, False
     if not listed and born is not None and at < born:
         return None, "", False
     if piece is not None and piece.answer is Answer.EMPTY:
@@ -672,6 +691,13 @@ def _meaning(
     if piece.answer is Answer.NOT_YET:
         return HoleState.MISSING, "not published although the grace period is over", False
     return HoleState.MISSING, "not in the provider's answer", False
+
+
+def _denial(one: Refused) -> str:
+    said = f": {one.words}" if one.words else ""
+    if one.dropped:
+        return f"refused as a wrong request on {one.at:%Y-%m-%d}{said}; not asked again without --retry-failed"
+    return f"failed on {one.at:%Y-%m-%d}{said}; the next run asks again"
 
 
 # ---------------------------------------------------------------- the judgement

@@ -6,9 +6,11 @@ A step names its workspace by the path of upstream.yml, so that threads, Prefect
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from marketsync.coverage import Covered, within
 from marketsync.errors import StoreError
 from marketsync.ledger import this_owner
 from storage.protocol import Written
@@ -144,9 +146,40 @@ def prepare(task: Task) -> Prepared:
             )
         except StoreError as error:
             result.stores_down[target.store_id] = str(error)
+    for note in still_dropped(scope):
+        tally.note(note)
     for store_id, message in result.stores_down.items():
         tally.note(Note("store", task.dataset, store_id, message))
     return result
+
+
+def still_dropped(scope: Scope) -> list[Note]:
+    """Return what earlier runs dropped and the plan still wants: it is a hole until it is asked again."""
+    refused = {name: [one for one in found if one.dropped] for name, found in scope.refused().items()}
+    mine = [subject.name for subject in scope.subjects if refused.get(subject.name)]
+    if not mine:
+        return []
+    known = scope.ledger.coverage(scope.store_ids, scope.dataset, scope.request_hash, mine)
+    together: dict[str, list[Covered]] = defaultdict(list)
+    for of_subject in known.values():
+        for name, pieces in of_subject.items():
+            together[name].extend(pieces)
+    words: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in mine:
+        owing = scope.owed_of(name, together[name])
+        newest = max((one for one in refused[name] if within(owing, [one.span])), key=lambda one: one.at, default=None)
+        if newest is not None:
+            words[f"{newest.at:%Y-%m-%d}", newest.words].append(name)
+    return [
+        Note(
+            "still_dropped",
+            scope.dataset,
+            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+            f"refused as a wrong request on {day} and not asked again since"
+            + (f" — {scope.upstream_name} said: {said}" if said else ""),
+        )
+        for (day, said), names in words.items()
+    ]
 
 
 def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fetched:

@@ -228,6 +228,7 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
         until=(wanted[-1].end - timedelta(microseconds=1)).date() + timedelta(days=1),
         now=scope.clock.now(),
         coverage=coverage,
+        refused=scope.refused(),
         fresh_by=scope.plan.fresh_by if scope.plan.until is None else None,
         allowed_missing=scope.plan.judge.missing,
         spans=None if small else list(touched),
@@ -360,6 +361,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         waits_for_publication=bool(counts.not_yet),
         paused=bool(stopped - {"cancelled"}),
         cancelled="cancelled" in stopped,
+        still_dropped=any(note.kind == "still_dropped" for note in notes),
     )
     if state is RunState.CANCELLED:
         workspace.ledger.cancel_work(plan)

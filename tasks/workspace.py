@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 from marketsync.calendars import Calendar, load_calendar
 from marketsync.clock import Clock, SystemClock
 from marketsync.configuration import Loaded, load_configuration
-from marketsync.coverage import Covered, Interval, merged, minus, owed, within
+from marketsync.coverage import Covered, Interval, Refused, merged, minus, owed, within
 from marketsync.definition import Dataset, Definition, Verdict, request_hash
 from marketsync.durations import Unit as SpanUnit
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch, Gated, seal
 from marketsync.ledger import Ledger, WorkState, this_owner
-from marketsync.planning import Subject, Unit, day_start, halves, instant, subjects_of, units
+from marketsync.planning import Subject, Unit, day_start, halves, instant, subjects_in_two, subjects_of, units
 from marketsync.schema import ColumnType, Schema
 from marketsync.timing import Timing
 from marketsync.upstream import Plan, Tuning, Upstream
@@ -411,11 +411,31 @@ class Scope:
                 together.setdefault(subject, []).extend(pieces)
         return together
 
+    def refused(self) -> dict[str, list[Refused]]:
+        """Return, by subject, what the provider would not or could not answer: what it dropped as a wrong request is
+        not asked again before somebody says so (`--retry-failed`), what failed is asked by the next run."""
+        result: dict[str, list[Refused]] = {}
+        states = [WorkState.DROPPED, WorkState.FAILED]
+        for row in self.ledger.works(dataset=self.dataset, states=states, limit=1_000_000):
+            if row.request_hash == self.request_hash:
+                dropped = row.state == WorkState.DROPPED
+                one = Refused(Interval(row.start, row.end), dropped, row.changed_at, row.error or "")
+                for subject in row.subjects.split("\n"):
+                    result.setdefault(subject, []).append(one)
+        return result
+
     def plan_units(self) -> Iterator[Unit]:
         """Yield the units that ask for everything owed, by the coverage as it is now: chains that were left in the
         middle go on first, as long as all of what they ask for is still owed."""
         known = self.coverage()
-        owed_by = {subject.name: self.owed_of(subject.name, known.get(subject.name, ())) for subject in self.subjects}
+        refused = self.refused()
+        owed_by = {
+            subject.name: minus(
+                self.owed_of(subject.name, known.get(subject.name, ())),
+                [one.span for one in refused.get(subject.name, ()) if one.dropped],
+            )
+            for subject in self.subjects
+        }
         for unit in () if self.options.refetch else self.ledger.unfinished(self.dataset, self.request_hash):
             if all(within(owed_by.get(subject, ()), [unit.span]) == [unit.span] for subject in unit.subjects):
                 for subject in unit.subjects:
@@ -437,10 +457,26 @@ class Scope:
         """Return the two units that together ask for what one answer cannot hold; None when it cannot be cut."""
         return halves(self.spec, unit, smallest=self.grain)
 
+    def apart(self, unit: Unit) -> tuple[Unit, Unit] | None:
+        """Return the unit as two with half of its subjects each, to find the one that the provider refuses; None when
+        there is but one."""
+        return subjects_in_two(unit)
+
+    @cached_property
+    def has_quota(self) -> bool:
+        """Whether the provider gives so many requests a day (or hour, or month): what comes first then matters."""
+        from providers.limit_windows import Kind
+
+        states = self.workspace.limiter(self.upstream_name).state(self.dataset_name)
+        return any(state.kind is Kind.QUOTA for state in states)
+
+    def recent(self, unit: Unit) -> bool:
+        """Whether a unit asks for the newest of what is wanted."""
+        return bool(self.wanted) and unit.end >= self.wanted[-1].end
+
     def priority(self, unit: Unit) -> int:
         """Return how urgent a unit is: today's sessions before any backfill, then by the plan's priority."""
-        recent = self.wanted and unit.end >= self.wanted[-1].end
-        return self.plan.priority + (1_000_000 if recent else 0)
+        return self.plan.priority + (1_000_000 if self.recent(unit) else 0)
 
     def gate(self, batches: Sequence[Batch]) -> Gated:
         """Pass the pages of a segment through the gate before the spool."""
