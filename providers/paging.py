@@ -61,7 +61,9 @@ def next_step(
     if page.style == "token":
         return _token(page, cursor, _found(page.token or "", document, headers), rows, more)
     if page.style == "next_url":
-        return _next_url(page, cursor, _found(page.next_url or "", document, headers), more, base_url, url, private)
+        return _next_url(
+            page, cursor, _found(page.next_url or "", document, headers), rows, more, base_url, url, private
+        )
     if page.style == "after":
         return _after(dataset, cursor, batch, more)
     return _single(page, rows, more, count)
@@ -84,6 +86,14 @@ def _cut(page: Page, message: str) -> Step:
     return Step(verdict=Verdict.FAIL, message=f"{message}; give `page` a style, or let windows be halved (split: true)")
 
 
+def _ended(page: Page, cursor: Mapping[str, Any] | None, rows: int) -> Step:
+    """The end of a chain whose answers say where it goes on. One that leads nowhere although its first page is as full
+    as the provider makes them is not believed; later on, the provider has shown that it says so when more follows."""
+    if cursor is None and page.split and page.cap is not None and rows >= page.cap:
+        return _cut(page, f"the answer is full ({rows} rows, the cap is {page.cap}), so rows may be missing")
+    return Step()
+
+
 def _full(page: Page) -> int | None:
     """Return how many rows a full page holds: what was asked for, or less where the provider allows less."""
     sizes = [size for size in (page.size, page.cap) if size is not None]
@@ -92,7 +102,9 @@ def _full(page: Page) -> int | None:
 
 def _offset(page: Page, cursor: Mapping[str, Any] | None, rows: int, more: bool | None, count: int | None) -> Step:
     offset = int((cursor or {}).get("offset", 0)) + rows
-    if more is False or (more is None and count is not None and offset >= count):
+    # That nothing follows a page as full as the provider makes them is not believed but looked at: one more request.
+    doubtful = more is False and page.split and page.cap is not None and 0 < page.cap <= rows
+    if (more is False and not doubtful) or (more is None and count is not None and offset >= count):
         return Step()
     if rows == 0:
         if more or count is not None:
@@ -124,7 +136,7 @@ def _token(page: Page, cursor: Mapping[str, Any] | None, token: Any, rows: int, 
     if token in (None, "", False) or more is False:
         if more:
             return Step(verdict=Verdict.FAIL, message=f"the answer says that more follows, but has no {page.token}")
-        return Step()
+        return Step() if more is False else _ended(page, cursor, rows)
     if not isinstance(token, str | int | float):
         return Step(verdict=Verdict.FAIL, message=f"the next token at {page.token} is not a text: {token!r:.80}")
     return _moved(cursor, "token", token, f"the token at {page.token}")
@@ -134,13 +146,14 @@ def _next_url(
     page: Page,
     cursor: Mapping[str, Any] | None,
     target: Any,
+    rows: int,
     more: bool | None,
     base_url: str,
     url: str,
     private: Collection[str],
 ) -> Step:
     if target in (None, "", False) or more is False:
-        return Step()
+        return Step() if more is False else _ended(page, cursor, rows)
     if not isinstance(target, str):
         return Step(verdict=Verdict.FAIL, message=f"the next URL at {page.next_url} is not a text")
     absolute = urljoin(url or base_url.rstrip("/") + "/", target)

@@ -120,7 +120,7 @@ def test_page_numbers_end_at_a_short_page_a_flag_or_the_number_of_pages(
 
 # ---------------------------------------------------------------- tokens and URLs
 
-TOKEN = {"token": "meta.next", "send": "cursor", "cap": 10}
+TOKEN = {"token": "meta.next", "send": "cursor"}
 
 
 def test_a_token_is_followed_until_there_is_none_even_over_empty_and_full_pages() -> None:
@@ -131,6 +131,30 @@ def test_a_token_is_followed_until_there_is_none_even_over_empty_and_full_pages(
     for nothing in (None, "", False):
         assert step(TOKEN, 10, {"meta": {"next": nothing}}, first.cursor) == Step()
     assert step(TOKEN, 3, {}, first.cursor) == Step()
+
+
+@pytest.mark.parametrize("style", [TOKEN, {"next_url": "meta.next"}])
+def test_a_first_page_at_the_cap_that_leads_nowhere_is_split_and_not_believed(style: dict) -> None:
+    capped = {**style, "cap": 10}
+    found = step(capped, 10, {})
+    assert found.verdict is Verdict.SPLIT
+    assert "10 rows, the cap is 10" in found.message
+    assert step(capped, 9, {}) == Step()
+    assert step({**capped, "split": False}, 10, {}) == Step()
+    assert step({**capped, "more": "more"}, 10, {"more": False}) == Step()
+
+
+def test_a_later_page_at_the_cap_that_leads_nowhere_is_the_end() -> None:
+    assert step({**TOKEN, "cap": 10}, 10, {}, {"token": "a", "pages": 1}) == Step()
+    assert step({"next_url": "n", "cap": 10}, 10, {}, {"next_url": "/a", "pages": 1}) == Step()
+
+
+def test_a_page_of_an_offset_chain_at_the_cap_is_looked_behind_although_it_says_it_is_the_last() -> None:
+    page = {"offset": "o", "size": 10, "cap": 10, "more": "more"}
+    assert step(page, 10, {"more": False}) == Step({"offset": 10})
+    assert step(page, 0, {"more": False}, {"offset": 10}) == Step()
+    assert step(page, 9, {"more": False}) == Step()
+    assert step({**page, "split": False}, 10, {"more": False}) == Step()
 
 
 def test_a_token_can_be_in_a_header() -> None:
