@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,10 +12,25 @@ from cli.options import Json
 from cli.output import put, put_json
 from marketsync.errors import ExitCode
 
+if TYPE_CHECKING:
+    from marketsync.configuration import Inspection
+
 
 def register(app: typer.Typer) -> None:
     """Add this module's command."""
     app.command("check")(check)
+
+
+def _inspected(path: Path, secrets: bool) -> Inspection:
+    """Look at the file, and at the tables that its plans have filled already."""
+    from marketsync.configuration import Kind, inspect_file
+
+    found = inspect_file(path, secrets_required=secrets)
+    if found.kind is not Kind.UPSTREAM or found.problems:
+        return found
+    from tasks.inquiry import table_problems
+
+    return replace(found, problems=tuple(table_problems(path)))
 
 
 def check(
@@ -26,9 +42,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check files of any of the three kinds: every problem with its file, line, field and remedy."""
-    from marketsync.configuration import DEFAULT_FILE, inspect_file
+    from marketsync.configuration import DEFAULT_FILE
 
-    found = [(path, inspect_file(path, secrets_required=secrets)) for path in files or [Path(DEFAULT_FILE)]]
+    found = [(path, _inspected(path, secrets)) for path in files or [Path(DEFAULT_FILE)]]
     if as_json:
         put_json(
             {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Config, Json
-from cli.output import put, put_json, say
+from cli.output import many, put, put_json, say
 from marketsync.errors import ConfigurationError
 
 
@@ -61,12 +61,14 @@ def _show(one) -> None:
     put(f"{one.plan}: {state}{wanted}{resumes}")
     for part in one.datasets:
         until = f"covered until {part.covered_until:%Y-%m-%d}" if part.covered_until else "not covered yet"
-        rows = "" if part.rows is None else f", {part.rows:,} rows, newest {part.watermark}"
-        put(f"  {part.dataset} in {part.store}: {part.subjects:,} subjects, {until}{rows}")
+        rows = "" if part.rows is None else f", {many(part.rows, 'row')}"
+        newest = f", newest {part.watermark}" if part.watermark else ""
+        put(f"  {part.dataset} in {part.store}: {many(part.subjects, 'subject')}, {until}{rows}{newest}")
         if part.owed_units:
-            put(f"    owed: {part.owed_units:,} units, about {part.owed_requests:,} requests")
+            about = "at least" if part.owed_at_least else "about"
+            put(f"    owed: {many(part.owed_units, 'unit')}, {about} {many(part.owed_requests, 'request')}")
         if part.spooled_rows:
-            put(f"    in the spool: {part.spooled_rows:,} rows on their way")
+            put(f"    in the spool: {many(part.spooled_rows, 'row')} on their way")
         if part.states:
             put("    " + ", ".join(f"{count:,} {state}" for state, count in sorted(part.states.items())))
         if part.problem:
@@ -112,7 +114,10 @@ def report(
 def explain(
     dataset: Annotated[str, typer.Argument(help="upstream.dataset, such as alpaca.daily_bars.")],
     symbol: Annotated[str, typer.Argument(help="The symbol.")],
-    day: Annotated[str, typer.Argument(metavar="DATE", help="The day, such as 2024-01-31.")],
+    day: Annotated[
+        str | None,
+        typer.Argument(metavar="DATE", help="The day, such as 2024-01-31; a list without dates needs none."),
+    ] = None,
     config: Config = Path("upstream.yml"),
     as_json: Json = False,
 ) -> None:
@@ -123,7 +128,7 @@ def explain(
     from tasks.workspace import open_workspace
 
     try:
-        session = date.fromisoformat(day)
+        session = date.fromisoformat(day) if day else None
     except ValueError:
         raise ConfigurationError(f"{day}: not a day; write 2024-01-31") from None
     found = ask(open_workspace(config), dataset, symbol, session)
@@ -153,4 +158,4 @@ def query(
         return
     with pl.Config(tbl_rows=100, tbl_cols=50, tbl_hide_dataframe_shape=True, fmt_str_lengths=60, tbl_width_chars=200):
         put(str(frame))
-    say(f"{frame.height:,} rows from {name}")
+    say(f"{many(frame.height, 'row')} from {name}")

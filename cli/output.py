@@ -31,6 +31,11 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def many(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 request, 2,000 requests."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def size(count: float) -> str:
     """Return bytes as a person reads them."""
     for unit in ("B", "KB", "MB", "GB"):

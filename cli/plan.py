@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.options import Config, Json
-from cli.output import put, put_json, say
-from marketsync.errors import ConfigurationError
+from cli.output import many, put, put_json, say
+from marketsync.errors import ConfigurationError, ExitCode
+
+if TYPE_CHECKING:
+    from tasks.inquiry import DatasetDiff
 
 plan_app = typer.Typer(name="plan", no_args_is_help=True, help="Add, list and compare plans.")
 
@@ -107,25 +110,38 @@ def diff(
     workspace = open_workspace(config)
     names = [name] if name else list(workspace.loaded.configuration.plans)
     found = {one: compare(workspace, one) for one in names}
+    refused = any(part.conflicts for parts in found.values() for part in parts)
     if as_json:
         put_json({one: [asdict(part) for part in parts] for one, parts in found.items()})
-        return
-    for one, parts in found.items():
-        for part in parts:
-            put(f"{one}: {part.dataset}: {part.requests:,} requests would be sent")
-            if part.new_request:
-                put("  the request itself changed: everything is asked again under the new one")
-            for why, count in part.owed.items():
-                put(f"  {count:,} units: {why}")
-            if part.new_subjects:
-                put(f"  new: {_some(part.new_subjects)}")
-            if part.gone_subjects:
-                put(f"  no longer asked for, rows stay: {_some(part.gone_subjects)}")
-            if part.new_columns:
-                put(f"  new columns: {', '.join(part.new_columns)} (empty in old rows until `sync {one} --refetch`)")
-            for store, count in part.copies.items():
-                put(f"  {store} gets what it lacks of {count:,} subjects from its sibling, at no request")
-            put(f"  left as they are: {part.left:,} subjects")
+    else:
+        for one, parts in found.items():
+            for part in parts:
+                _show(one, part)
+    if refused:
+        raise typer.Exit(int(ExitCode.CONFIGURATION))
+
+
+def _show(one: str, part: DatasetDiff) -> None:
+    """Tell what a sync would do with one dataset of a plan."""
+    least = "at least " if part.at_least else ""
+    put(f"{one}: {part.dataset}: {least}{many(part.requests, 'request')} would be sent")
+    for store, message in part.conflicts.items():
+        put(f"  cannot be synced into {store}: {message}")
+    if part.not_known_yet:
+        put(f"  not known yet: {part.not_known_yet}")
+    if part.new_request:
+        put("  the request itself changed: everything is asked again under the new one")
+    for why, count in part.owed.items():
+        put(f"  {many(count, 'unit')}: {why}")
+    if part.new_subjects:
+        put(f"  new: {_some(part.new_subjects)}")
+    if part.gone_subjects:
+        put(f"  no longer asked for, rows stay: {_some(part.gone_subjects)}")
+    if part.new_columns:
+        put(f"  new columns: {', '.join(part.new_columns)} (empty in old rows until `sync {one} --refetch`)")
+    for store, count in part.copies.items():
+        put(f"  {store} gets what it lacks of {many(count, 'subject')} from its sibling, at no request")
+    put(f"  left as they are: {many(part.left, 'subject')}")
 
 
 def _some(names: tuple[str, ...]) -> str:

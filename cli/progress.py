@@ -35,7 +35,8 @@ class Progress:
         from tasks.inquiry import estimate
         from tasks.workspace import open_workspace
 
-        return estimate(open_workspace(self._config), plan).requests
+        found = estimate(open_workspace(self._config), plan)
+        return 0 if found.at_least else found.requests  # a share of what is not known is no progress
 
     def __enter__(self) -> Progress:
         if not self._quiet:

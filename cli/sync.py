@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Config, Json
-from cli.output import length, put, put_json, say
+from cli.output import length, many, put, put_json, say
 from marketsync.errors import ConfigurationError
 
 
@@ -46,19 +46,27 @@ def sync(
     """Fetch what the plans still owe, deliver it to their stores, judge it and report.
 
     Exit codes: 0 done, 1 failed, 2 configuration, 3 findings, 4 paused or cancelled, 75 waiting (run again later).
+    With --json, the object is the run's report; with several plans it is {"runs": [report, ...]}.
     """
     import os
 
     from cli.progress import Progress
+    from tasks.inquiry import refuse_conflicts, refuse_nothing
     from tasks.sync import as_json as reports_as_json
     from tasks.sync import exit_code
     from tasks.sync import sync as run
-    from tasks.workspace import Options
+    from tasks.workspace import Options, open_workspace
 
     if prefect and local:
         raise ConfigurationError("--prefect and --local exclude one another")
     options = Options(_when(since, "--since"), _when(until, "--until"), tuple(only or ()), retry_failed, refetch)
     path = str(config.resolve())
+    workspace = open_workspace(path)
+    names = plans or list(workspace.loaded.configuration.plans)
+    if not names:
+        raise ConfigurationError(f"{config} has no plan yet, so there is nothing to sync; add one: marketsync plan add")
+    refuse_nothing(workspace, names, options)
+    refuse_conflicts(workspace, names)
     if prefect or (os.environ.get("PREFECT_API_URL") and not local):
         from cli.prefect import sync_with_prefect
 
@@ -94,15 +102,25 @@ def estimate(
         put_json(asdict(found))
         return
     for one in found.datasets:
-        rows = "" if one.rows is None else f", about {one.rows:,} rows"
-        put(f"{one.dataset}: {one.requests:,} requests for {one.subjects:,} subjects in {one.units:,} units{rows}")
+        if one.not_known_yet:
+            put(f"{one.dataset}: not known yet: {one.not_known_yet}")
+            continue
+        rows = "" if one.rows is None or one.at_least else f", about {one.rows:,} rows"
+        least = "at least " if one.at_least else ""
+        put(
+            f"{one.dataset}: {least}{many(one.requests, 'request')} for {many(one.subjects, 'subject')} in "
+            f"{many(one.units, 'unit')}{rows}"
+        )
+        if one.at_least:
+            put("  how many pages each unit has is not known before it is asked: this is one page for each")
         if one.impossible:
             put(f"  cannot be done: {one.impossible}")
         elif one.seconds is not None and one.done_at is not None:
             over = f", over {one.periods} quota periods" if one.periods > 1 else ""
-            put(f"  takes about {length(one.seconds)}{over}; complete on {one.done_at:%Y-%m-%d %H:%M} UTC")
+            when = f"{one.done_at:%Y-%m-%d %H:%M} UTC" + (" at the earliest" if one.at_least else "")
+            put(f"  takes {least or 'about '}{length(one.seconds)}{over}; complete on {when}")
             put(f"  decided by: {one.binding or 'how fast the provider answers (no limit binds)'}")
-    if not found.requests:
+    if not found.requests and not found.at_least:
         put("nothing is owed: a sync would send no request")
     for line in found.first_requests:
         put(f"  {line}")

@@ -78,6 +78,12 @@ class SchemaError(MarketSyncError):
     """A frame or a table does not fit its dataset's schema and cannot be made to without losing a value."""
 
 
+class SchemaConflict(SchemaError):
+    """A table with rows cannot follow its definition as it is now: the definition is to be changed, or the table."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
 class StoreError(MarketSyncError):
     """A store could not do what it was asked: unreachable, refused, held by another process."""
 

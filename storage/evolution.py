@@ -9,7 +9,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from marketsync.errors import SchemaError
+from marketsync.errors import SchemaConflict
 from marketsync.schema import SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def from_text(text: str) -> Schema:
 
 
 def check(dataset: str, schema: Schema) -> None:
-    """Raise `SchemaError` when the schema contradicts itself or uses a name that the system columns have."""
+    """Raise `SchemaConflict` when the schema contradicts itself or uses a name that the system columns have."""
 
     def refuse(why: str) -> None:
-        raise SchemaError(f"the schema of {dataset} cannot become a table: {why}")
+        raise SchemaConflict(f"the schema of {dataset} cannot become a table: {why}")
 
     seen: dict[str, str] = {}
     for name in schema.names:
@@ -83,13 +83,13 @@ def required(schema: Schema) -> list[str]:
 
 
 def added(dataset: str, stored: Schema, wanted: Schema) -> list[Column]:
-    """Return the columns that `wanted` adds to `stored`; raises `SchemaError` with the remedy for any other change.
+    """Return the columns that `wanted` adds to `stored`; raises `SchemaConflict` with the remedy for any other change.
 
     A column may also become nullable. Descriptions are free to change.
     """
 
     def refuse(what: str) -> None:
-        raise SchemaError(f"the table of {dataset} cannot follow its definition: {what}; {_REMEDY}")
+        raise SchemaConflict(f"the table of {dataset} cannot follow its definition: {what}; {_REMEDY}")
 
     for role in ("key", "time", "subject", "period"):
         old, new = getattr(stored, role), getattr(wanted, role)
@@ -114,7 +114,7 @@ def added(dataset: str, stored: Schema, wanted: Schema) -> list[Column]:
 def fit(dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema) -> tuple[pl.DataFrame, list[str]]:
     """Return `frame` with the columns that the table has gained since it was made (null), and the names of those.
 
-    Raises `SchemaError` when the batch knows more than the table: `ensure` comes before `write`.
+    Raises `SchemaConflict` when the batch knows more than the table: `ensure` comes before `write`.
     """
     if sent.names == stored.names and sent.hash() == stored.hash():
         return frame, []

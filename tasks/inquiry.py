@@ -4,17 +4,21 @@ is or is not here, what an edit would change.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marketsync.coverage import Answer, Covered, Interval, minus, within
-from marketsync.errors import ConfigurationError
+from marketsync.document import closest, dotted, read_document
+from marketsync.errors import ConfigurationError, Problem, SchemaError, StoreError
 from marketsync.ledger import Desired, WorkState
-from marketsync.planning import Unit, day_start
+from marketsync.planning import EVERYTHING, Unit, day_start, instant
 from storage.protocol import Filter
 from tasks.fetch import ask_of
 from tasks.workspace import Options, Scope, Workspace, expected_rows
@@ -22,12 +26,15 @@ from tasks.workspace import Options, Scope, Workspace, expected_rows
 if TYPE_CHECKING:
     from providers.limit_forecast import Forecast
 
-PAGE_ROWS = 1000  # assumed where a definition does not say how many rows a page holds
+SHOWN_WORK = 20  # requests that `explain` lists
+MOST_ROWS = 10  # rows that it shows
 
 
 @dataclass(frozen=True)
 class DatasetEstimate:
-    """What one dataset would ask for."""
+    """What one dataset would ask for. `at_least`: how many pages an answer has is not known before it is there (ticks,
+    a page size that the definition does not tell), so `requests`, `seconds` and `done_at` are what is certain.
+    """
 
     dataset: str
     units: int
@@ -41,11 +48,13 @@ class DatasetEstimate:
     binding: str | None  # the limit that decides how long it takes
     periods: int = 0  # quota periods (days) in which requests are sent
     impossible: str = ""
+    at_least: bool = False
+    not_known_yet: str = ""  # why its subjects are not known before another dataset's rows are here
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan's estimate: its datasets, and the first requests when they were asked for."""
+    """A plan's estimate: its datasets, and the first requests when they were asked for; `at_least` as of a dataset."""
 
     plan: str
     datasets: tuple[DatasetEstimate, ...]
@@ -53,6 +62,7 @@ class Estimate:
     seconds: float | None
     done_at: datetime | None
     first_requests: tuple[str, ...] = ()
+    at_least: bool = False
 
 
 def scopes(workspace: Workspace, plan: str, options: Options | None = None) -> list[Scope]:
@@ -65,18 +75,151 @@ def _unknown_subjects(scope: Scope) -> str:
     """Return why a dataset's subjects are not known yet (its parent's rows are not here); empty when they are."""
     try:
         scope.subjects  # noqa: B018 - resolved and kept
-    except ConfigurationError as error:
+    except (ConfigurationError, StoreError) as error:
+        if not _dynamic(scope):
+            raise
         return str(error)
     return ""
 
 
-def pages_of(scope: Scope, unit: Unit) -> int:
-    """Return about how many requests a unit takes."""
-    if scope.spec.page.style == "none":
-        return 1
+def _dynamic(scope: Scope) -> bool:
+    """Return whether what a dataset is asked for are the rows of another one."""
+    named = scope.workspace.loaded.configuration.universes
+    for spec in scope.spec.over.subjects.values():
+        universe = scope.plan.universe if spec.universe == "$plan" else spec.universe
+        if spec.rows is not None or (isinstance(universe, str) and universe in named and named[universe].rows):
+            return True
+    return False
+
+
+def pages_of(scope: Scope, unit: Unit) -> tuple[int, bool]:
+    """Return how many requests a unit takes, and whether that is known: False says that they are at least so many."""
+    page = scope.spec.page
+    size = page.size or page.cap
+    if page.style == "none" and not page.cap:
+        return 1, True
     rows = expected_rows(scope, unit)
-    size = scope.spec.page.size or scope.spec.page.cap or PAGE_ROWS
-    return 1 if not rows else -(-rows // size)
+    if rows is None or size is None:
+        return 1, False
+    return max(1, -(-rows // size)), True
+
+
+def refuse_nothing(workspace: Workspace, plans: Sequence[str], options: Options) -> None:
+    """Raise ConfigurationError when what a run is asked to do beside its plans can only come to nothing: `since` after
+    `until` or in the future, or a symbol of `only` that none of the plans asks for."""
+    now = workspace.clock.now()
+    spans = []
+    for name in plans:
+        plan = workspace.plan(name)
+        since, until = options.since or plan.since, options.until or plan.until
+        spans.append((name, since, until, bool(since and until and instant(since) > instant(until))))
+    if (options.since or options.until) and spans and all(reversed_ for *_, reversed_ in spans):
+        name, since, until, _ = spans[0]
+        whose = "" if options.since and options.until else f" of plan {name}"
+        ours = " (--since)" if options.since and not options.until else ""
+        theirs = " (--until)" if options.until and not options.since else ""
+        raise ConfigurationError(
+            f"since {since}{ours or whose} is after until {until}{theirs or whose}, so nothing would be asked; "
+            + ("swap them" if not whose else "choose a day within the plan, or change the plan")
+        )
+    if options.since and instant(options.since) > now + timedelta(days=1):
+        raise ConfigurationError(
+            f"since {options.since} is in the future (now {now:%Y-%m-%d %H:%M} UTC), so nothing would be asked; "
+            "choose an earlier day"
+        )
+    if options.only:
+        _refuse_unknown(workspace, plans, options.only)
+
+
+def _refuse_unknown(workspace: Workspace, plans: Sequence[str], only: Sequence[str]) -> None:
+    missing, known, together = list(dict.fromkeys(only)), [], []
+    for name in plans:
+        for scope in scopes(workspace, name):
+            if _unknown_subjects(scope):
+                return  # it may be among them
+            if not scope.spec.over.subjects:
+                together.append(scope.dataset)
+            known += [subject.name for subject in scope.subjects if scope.spec.over.subjects]
+            values = {value for subject in scope.subjects for value in (subject.name, *subject.values)}
+            missing = [one for one in missing if one not in values]
+    if not missing:
+        return
+    near = closest(missing[0], known) if len(known) < 50_000 else None
+    remedy = f"did you mean {near}? " if near else ""
+    if together:
+        remedy += f"{', '.join(dict.fromkeys(together))} is asked for all symbols at once, which --only cannot part; "
+    remedy += "see the plan's universe with `marketsync plan list`, or add the symbol to it"
+    which = f"plan {plans[0]}" if len(plans) == 1 else f"the plans {', '.join(plans)}"
+    raise ConfigurationError(
+        f"{which} does not ask for {', '.join(missing)}, so --only would ask for nothing; {remedy}"
+    )
+
+
+def conflicts(workspace: Workspace, plan: str) -> list[tuple[str, str, str]]:
+    """Return (dataset, store, what is wrong and what to do) for each table that cannot follow its definition as it is
+    now. A store that cannot be read now, or has no such table, is passed over."""
+    from storage import evolution
+
+    found = []
+    for name in workspace.plan(plan).datasets:
+        upstream, _, short = name.partition(".")
+        schema = workspace.definition(upstream).datasets[short].stored()
+        for store_id in dict.fromkeys(workspace.plan(plan).stores):
+            try:
+                evolution.check(name, schema)
+                stored = workspace.store(store_id).schema(name)
+                if stored is not None:
+                    evolution.added(name, stored, schema)
+            except SchemaError as error:
+                found.append((name, store_id, str(error)))
+            except StoreError:
+                continue
+    return found
+
+
+def refuse_conflicts(workspace: Workspace, plans: Sequence[str]) -> None:
+    """Raise ConfigurationError, before anything is asked, when a table cannot follow its definition as it is now."""
+    found = [
+        f"plan {plan}: store {store_id}: {message}"
+        for plan in plans
+        for _, store_id, message in conflicts(workspace, plan)
+    ]
+    if found:
+        raise ConfigurationError([Problem("", None, "", one) for one in found])
+
+
+def table_problems(path: Path) -> list[Problem]:
+    """Return what `check` says of an upstream.yml whose tables exist: those that cannot follow their definitions.
+
+    Opens only stores whose folder is there, makes nothing, and passes over what cannot be opened now.
+    """
+    from storage.location import folder
+
+    found = []
+    with closing(Workspace(path)) as workspace:
+        if not workspace.state.is_dir():
+            return []
+        document = read_document(path)
+        for plan, spec in workspace.loaded.configuration.plans.items():
+            try:
+                if not all(folder(workspace.loaded.store_url(store)).is_dir() for store in spec.stores):
+                    continue
+                wrong = conflicts(workspace, plan)
+            except (ConfigurationError, OSError):
+                continue
+            for dataset, store_id, message in wrong:
+                given = document.value["plans"][plan].get("datasets")
+                place = (
+                    "plans",
+                    plan,
+                    "datasets",
+                    *((spec.datasets.index(dataset),) if isinstance(given, list) else ()),
+                )
+                what, _, remedy = message.partition("; ")
+                found.append(
+                    Problem(str(path), document.line(place), dotted(place), f"store {store_id}: {what}", remedy)
+                )
+    return found
 
 
 def estimate(
@@ -96,13 +239,19 @@ def estimate(
     before: Counter[str] = Counter()  # requests of datasets of the same upstream that go first
     for scope in scopes(workspace, plan, options):
         if problem := _unknown_subjects(scope):
-            found.append(DatasetEstimate(scope.dataset, 0, 0, None, 0, None, None, None, None, None, 0, problem))
+            found.append(
+                DatasetEstimate(
+                    scope.dataset, 0, 0, None, 0, None, None, None, None, None, at_least=True, not_known_yet=problem
+                )
+            )
             continue
         units = asked = rows = 0
-        unknown = False
+        unknown = at_least = False
         for unit in scope.plan_units():
             units += 1
-            asked += pages_of(scope, unit)
+            pages, certain = pages_of(scope, unit)
+            asked += pages
+            at_least = at_least or not certain
             expected = expected_rows(scope, unit)
             unknown = unknown or expected is None
             rows += expected or 0
@@ -134,6 +283,7 @@ def estimate(
                 binding=forecast.binding.name if forecast and forecast.binding and asked else None,
                 periods=forecast.periods if forecast and asked else 0,
                 impossible="" if forecast else "one request weighs more than a limit allows",
+                at_least=at_least,
             )
         )
     times = [one.done_at for one in found if one.done_at is not None]
@@ -145,6 +295,7 @@ def estimate(
         max(lengths, default=None),
         max(times, default=None),
         tuple(shown),
+        any(one.at_least for one in found),
     )
 
 
@@ -166,6 +317,7 @@ class DatasetStatus:
     spooled_rows: int
     states: dict[str, int] = field(default_factory=dict)
     problem: str = ""
+    owed_at_least: bool = False  # how many pages the answers have is not known
 
 
 @dataclass(frozen=True)
@@ -193,6 +345,7 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
             rows.append(DatasetStatus(scope.dataset, scope.store_ids[0], 0, None, None, None, 0, 0, 0, {}, problem))
             continue
         units = list(scope.plan_units())
+        pages = [pages_of(scope, unit) for unit in units]
         states = Counter(
             row.state
             for row in ledger.works(dataset=scope.dataset, plan=plan, limit=100_000)
@@ -229,10 +382,11 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
                     watermark=watermark,
                     rows=count,
                     owed_units=len(units),
-                    owed_requests=sum(pages_of(scope, unit) for unit in units),
+                    owed_requests=sum(count for count, _ in pages),
                     spooled_rows=spooled,
                     states=dict(states),
                     problem=problem,
+                    owed_at_least=not all(certain for _, certain in pages),
                 )
             )
     runs = ledger.runs(plan, limit=1)
@@ -279,60 +433,163 @@ class Explanation:
 
     dataset: str
     subject: str
-    day: date
+    day: date | None  # None where rows have no time
     lines: tuple[str, ...]
     rows: dict[str, list[dict[str, Any]]]
 
 
-def explain(workspace: Workspace, dataset: str, subject: str, day: date) -> Explanation:
-    """Follow a row from the calendar over request, answer, segment and delivery to the stores."""
+def explain(workspace: Workspace, dataset: str, subject: str, day: date | None = None) -> Explanation:
+    """Follow a row from the calendar over request, answer, segment and delivery to the stores.
+
+    The rows of a dataset without a time column are a list as it stands: `day` is not looked at and may be left out.
+    Raises ConfigurationError for a dataset that there is not or that no plan syncs, and for a missing day.
+    """
+    spec = workspace.loaded.dataset(dataset)
     plans = [name for name, plan in workspace.loaded.configuration.plans.items() if dataset in plan.datasets]
     if not plans:
         raise ConfigurationError(f"no plan of {workspace.path} syncs {dataset}; see `marketsync plan list`")
+    if spec.time_column is None:
+        day = None
+    elif day is None:
+        raise ConfigurationError(f"the rows of {dataset} have a time: say which day, such as 2024-01-31")
     lines: list[str] = []
     found: dict[str, list[dict[str, Any]]] = {}
-    span = Interval(day_start(day), day_start(day + timedelta(days=1)))
+    if day is None:
+        lines.append(f"{dataset} is a list without dates: this is how it stands, whatever the day.")
+    if spec.subject_column is None:
+        lines.append(f"{dataset} has no column for a symbol: what is told here is true of all its rows.")
     for plan in plans:
-        scope = Scope(workspace, plan, dataset, "", workspace.clock.now())
-        lines.extend(_calendar_lines(scope, day))
-        names = {s.name for s in scope.subjects}
-        asked_as = subject if subject in names else next((n for n in names if subject in n.split("|")), "*")
-        if asked_as not in names:
-            lines.append(f"plan {plan}: {subject} is not in its universe, so it is never asked for.")
-        wanted = within(scope.wanted, [span])
-        if not wanted:
-            reach = f"{scope.wanted[0].start:%F} to {scope.wanted[-1].end:%F}" if scope.wanted else "nothing"
-            lines.append(f"plan {plan}: the day is not wanted yet or not at all (wanted: {reach}, end excluded).")
-        for row in workspace.ledger.works(dataset=dataset, subject=asked_as, span=span, limit=20):
-            lines.append(
-                f"request: {row.label or 'not sent yet'} — {row.start:%F} to {row.end:%F}, {row.requests} requests, "
-                f"{row.rows} rows, state {row.state}" + (f", asked {row.asked_at:%F %T} UTC" if row.asked_at else "")
-            )
-            if row.error:
-                lines.append(f"  answer: {row.error}")
-            for segment, deliveries in workspace.ledger.segments_of(row.work_id):
-                where = ", ".join(
-                    f"{store}: {state}{f' at {at:%F %T} UTC' if at else ''}"
-                    for store, (state, at) in deliveries.items()
-                )
-                lines.append(
-                    f"  segment {segment.segment_id}: {segment.rows} rows, {segment.duplicates} duplicates, "
-                    f"{segment.quarantined} set aside; delivered to {where}"
-                )
-                if segment.quarantined:
-                    lines.append(f"  set aside rows are in {scope.workspace.state}/quarantine/{dataset}/")
-        for store_id in scope.store_ids:
-            known = workspace.ledger.coverage([store_id], dataset, scope.request_hash, [asked_as])[store_id]
-            pieces = [p for p in known.get(asked_as, ()) if p.start < span.end and p.end > span.start]
-            for piece in pieces:
-                lines.append(
-                    f"coverage in {store_id}: {piece.answer}, {'final' if piece.final else 'not final'}, "
-                    f"{piece.start:%F} to {piece.end:%F}, asked {piece.asked_at:%F %T} UTC"
-                )
-            rows = _rows(scope, store_id, subject, day)
-            found[store_id] = rows
-            lines.append(_conclusion(store_id, subject, day, rows, pieces))
+        _explain_in(Scope(workspace, plan, dataset, "", workspace.clock.now()), subject, day, lines, found)
     return Explanation(dataset, subject, day, tuple(lines), found)
+
+
+def _explain_in(
+    scope: Scope, subject: str, day: date | None, lines: list[str], found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Add what one plan's part of the story is."""
+    plan, ledger = scope.plan_name, scope.ledger
+    span = None if day is None else Interval(day_start(day), day_start(day + timedelta(days=1)))
+    reason = ""  # why a row is not to be expected, whatever was asked
+    if day is not None:
+        lines.extend(_calendar_lines(scope, day))
+        if scope.calendar is not None and not scope.calendar.is_session(day):
+            reason = f"as expected: {day} is no session of {scope.calendar.name}"
+    asked_as: str | None = None
+    if problem := _unknown_subjects(scope):
+        lines.append(f"plan {plan}: what it asks for is not known yet: {problem}.")
+        reason = f"{scope.dataset} has not been asked yet: {problem}"
+    else:
+        names = {s.name for s in scope.subjects}
+        asked_as = subject if subject in names else next((n for n in names if subject in n.split("|")), None)
+        if asked_as is None and (EVERYTHING in names or subject == EVERYTHING):
+            asked_as = EVERYTHING
+        if asked_as is None:
+            lines.append(f"plan {plan}: {subject} is not in its universe, so it is never asked for.")
+            reason = f"{subject} is not in the universe of plan {plan}; add it there, and run the plan"
+    if span is not None and not within(scope.wanted, [span]):
+        reach = f"{scope.wanted[0].start:%F} to {scope.wanted[-1].end:%F}" if scope.wanted else "nothing yet"
+        lines.append(f"plan {plan}: the day is not wanted yet or not at all (wanted: {reach}, end excluded).")
+        reason = reason or f"plan {plan} does not want {day} (wanted: {reach}, end excluded)"
+    works = [] if asked_as is None else ledger.works(dataset=scope.dataset, subject=asked_as, span=span, limit=100_000)
+    for row in works[:SHOWN_WORK]:
+        lines.extend(_work_lines(scope, row))
+    for store_id in scope.store_ids:
+        pieces: list[Covered] = []
+        if asked_as is not None:
+            known = ledger.coverage([store_id], scope.dataset, scope.request_hash, [asked_as])[store_id]
+            pieces = [
+                piece
+                for piece in known.get(asked_as, ())
+                if span is None or (piece.start < span.end and piece.end > span.start)
+            ]
+        # a list without dates is asked once a day; how it stands is what was said last
+        for piece in pieces if span is not None else sorted(pieces, key=lambda one: one.asked_at)[-1:]:
+            lines.append(
+                f"coverage in {store_id}: {piece.answer}, {'final' if piece.final else 'not final'}, "
+                f"{piece.start:%F} to {piece.end:%F}, asked {piece.asked_at:%F %T} UTC"
+            )
+        try:
+            rows = _rows(scope, store_id, subject, day)
+        except StoreError as error:
+            lines.append(f"{store_id} cannot be read now: {error}")
+            continue
+        found[store_id] = rows
+        about = subject if day is None else f"{subject} on {day}"
+        if rows:
+            lines.append(f"{store_id} has {_many(rows)} of {about}; the first came with segment {rows[0]['_segment']}.")
+        else:
+            why = reason or _why_none(scope, store_id, about, asked_as, pieces, works)
+            lines.append(f"{store_id} has none: {why}.")
+
+
+def _many(rows: Sequence[Any]) -> str:
+    if len(rows) == MOST_ROWS:
+        return f"{MOST_ROWS} rows or more"
+    return "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+
+
+def _work_lines(scope: Scope, row: Any) -> Iterable[str]:
+    asked = f", asked {row.asked_at:%F %T} UTC" if row.asked_at else ""
+    requests = "1 request" if row.requests == 1 else f"{row.requests} requests"
+    yield (
+        f"request: {row.label or 'not sent yet'} — {row.start:%F} to {row.end:%F}, {requests}, "
+        f"{row.rows} rows, state {row.state}{asked}"
+    )
+    if row.error:
+        yield f"  answer: {row.error}"
+    for segment, deliveries in scope.ledger.segments_of(row.work_id):
+        where = ", ".join(
+            f"{store}: {state}{f' at {at:%F %T} UTC' if at else ''}" for store, (state, at) in deliveries.items()
+        )
+        yield (
+            f"  segment {segment.segment_id}: {segment.rows} rows, {segment.duplicates} duplicates, "
+            f"{segment.quarantined} set aside; delivered to {where}"
+        )
+        if segment.quarantined:
+            yield f"  set aside rows are in {scope.workspace.state}/quarantine/{scope.dataset}/"
+
+
+def _why_none(
+    scope: Scope,
+    store_id: str,
+    about: str,
+    asked_as: str | None,
+    pieces: Sequence[Covered],
+    works: Sequence[Any],
+) -> str:
+    """Return why a store has no row that was wanted: what was answered, or what became of the request."""
+    answers = {piece.answer for piece in pieces}
+    if Answer.ROWS in answers or Answer.EMPTY in answers:
+        return f"the provider was asked and gave no row of {about}"
+    if Answer.NOT_YET in answers:
+        return "it was not published when it was asked for; the next run asks again"
+    sync = f"marketsync sync {scope.plan_name}"
+    # what was split lives on in its halves, and another request's work is another story
+    last = next((one for one in works if one.request_hash == scope.request_hash and one.state != WorkState.SPLIT), None)
+    if last is None:
+        return f"it has not been asked for yet; run `{sync}`"
+    when = f"{last.changed_at:%F %T} UTC"
+    words = f": {last.error}" if last.error else ""
+    only = "" if asked_as in (None, EVERYTHING) else f" --only {shlex.quote(str(asked_as).partition('|')[0])}"
+    if last.state == WorkState.DROPPED:
+        return (
+            f"the provider refused the request, and it was dropped on {when}{words}; it is not asked again by itself: "
+            f"mend the cause, then run `{sync} --retry-failed{only}`"
+        )
+    if last.state == WorkState.FAILED:
+        return f"the request failed on {when}{words}; run `{sync}` to ask again"
+    if last.state == WorkState.WAITING:
+        until = f" until {last.resume_at:%F %T} UTC" if last.resume_at else ""
+        return f"the request waits{until}{words}; run `{sync}` then"
+    if last.state == WorkState.CANCELLED:
+        return f"the request was cancelled by hand on {when}; run `{sync}` to ask anew"
+    if last.state == WorkState.LEASED:
+        return f"it is being asked for ({last.owner} took it on {when}); if no run is under way, run `{sync}`"
+    if last.state == WorkState.SEALED:
+        return f"its answer is in the spool and not yet in {store_id}; run `{sync}`, which delivers it first"
+    if last.state == WorkState.DELIVERED:
+        return f"it was asked for, and {store_id} has not got it; run `{sync}`, which fills it from its sibling or asks"
+    return f"the chain of pages that would hold it is not finished; run `{sync}`"
 
 
 def _calendar_lines(scope: Scope, day: date) -> list[str]:
@@ -347,7 +604,7 @@ def _calendar_lines(scope: Scope, day: date) -> list[str]:
     ]
 
 
-def _rows(scope: Scope, store_id: str, subject: str, day: date) -> list[dict[str, Any]]:
+def _rows(scope: Scope, store_id: str, subject: str, day: date | None) -> list[dict[str, Any]]:
     import polars as pl
 
     store = scope.workspace.store(store_id)
@@ -356,27 +613,11 @@ def _rows(scope: Scope, store_id: str, subject: str, day: date) -> list[dict[str
     from tasks.deliver import bounds_for
 
     since = until = None
-    if scope.schema.time is not None:
+    if day is not None:
         since, until = bounds_for(scope.schema, Interval(day_start(day), day_start(day + timedelta(days=1))))
-    chosen = (subject,) if scope.schema.subject is not None else None
-    frame = store.scan(scope.dataset, Filter(chosen, since, until, system=True)).head(10).collect()
+    chosen = (subject,) if scope.schema.subject is not None and subject != EVERYTHING else None
+    frame = store.scan(scope.dataset, Filter(chosen, since, until, system=True)).head(MOST_ROWS).collect()
     return pl.DataFrame(frame).to_dicts()
-
-
-def _conclusion(
-    store_id: str, subject: str, day: date, rows: Sequence[dict[str, Any]], pieces: Sequence[Covered]
-) -> str:
-    if rows:
-        segment = rows[0]["_segment"]
-        return f"{store_id} has {len(rows)} row(s) of {subject} on {day}; the first came with segment {segment}."
-    answers = {piece.answer for piece in pieces}
-    if Answer.ROWS in answers or Answer.EMPTY in answers:
-        return f"{store_id} has none: the provider was asked and gave no row of {subject} for {day}."
-    if Answer.NOT_YET in answers:
-        return f"{store_id} has none: it was not published when it was asked for; the next run asks again."
-    if Answer.PARTIAL in answers:
-        return f"{store_id} has none so far: the chain of pages that would hold it is not finished; run the plan again."
-    return f"{store_id} has none: it has not been asked for yet; run the plan."
 
 
 # ---------------------------------------------------------------- plan diff
@@ -395,12 +636,22 @@ class DatasetDiff:
     left: int  # subjects whose coverage is untouched
     new_request: bool
     new_columns: tuple[str, ...]
+    at_least: bool = False  # of `requests`: how many pages the answers have is not known
+    not_known_yet: str = ""  # why its subjects are not known before another dataset's rows are here
+    conflicts: dict[str, str] = field(default_factory=dict)  # store -> why its table cannot follow the definition
 
 
 def diff(workspace: Workspace, plan: str) -> list[DatasetDiff]:
     """Say what an edit of the plan, a universe or a definition means: what would newly be asked, and what is left."""
     result = []
+    wrong: dict[str, dict[str, str]] = defaultdict(dict)
+    for dataset, store_id, message in conflicts(workspace, plan):
+        wrong[dataset][store_id] = message
     for scope in scopes(workspace, plan):
+        if problem := _unknown_subjects(scope):
+            unknown = DatasetDiff(scope.dataset, (), (), {}, 0, {}, 0, False, (), True, problem, wrong[scope.dataset])
+            result.append(unknown)
+            continue
         known = workspace.ledger.coverage(scope.store_ids, scope.dataset, scope.request_hash)
         together: dict[str, list[Covered]] = defaultdict(list)
         for of_subject in known.values():
@@ -414,9 +665,12 @@ def diff(workspace: Workspace, plan: str) -> list[DatasetDiff]:
             new_columns = tuple(column.name for column in scope.schema.columns if column.name not in same[-1][2])
         why: Counter[str] = Counter()
         asked = 0
+        at_least = False
         units = list(scope.plan_units())
         for unit in units:
-            asked += pages_of(scope, unit)
+            pages, certain = pages_of(scope, unit)
+            asked += pages
+            at_least = at_least or not certain
             why[_reason(unit, together, bool(versions) and not same)] += 1
         copies: dict[str, int] = {}
         for store_id in scope.store_ids:
@@ -442,6 +696,8 @@ def diff(workspace: Workspace, plan: str) -> list[DatasetDiff]:
                 left=sum(1 for name in names if name in together and name not in owing),
                 new_request=bool(versions) and not same,
                 new_columns=new_columns,
+                at_least=at_least,
+                conflicts=wrong[scope.dataset],
             )
         )
     return result

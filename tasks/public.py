@@ -20,7 +20,7 @@ from tasks.inquiry import Estimate, Explanation, Status
 from tasks.sync import kept
 from tasks.sync import sync as sync_plans
 from tasks.watch import interrupt_all
-from tasks.workspace import Options, Workspace, close_workspaces
+from tasks.workspace import Options, Workspace, close_workspaces, open_workspace
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,8 +50,9 @@ def sync(
     it sleeps through quotas. Ctrl-C, or a notebook's stop button, ends it at its next page with what it has: the report
     then says paused, and the next sync goes on from there.
 
-    Raises ConfigurationError when upstream.yml is wrong or has no such plan, MarketSyncError when the ledger or the
-    state folder cannot be used.
+    Raises ConfigurationError when upstream.yml is wrong or has no such plan, when `only` names a symbol that the plan
+    does not ask for, when `since` is after `until`, and when a table cannot follow its definition; MarketSyncError
+    when the ledger or the state folder cannot be used.
     """
     options = _options(since, until, only, retry_failed=retry_failed, refetch=refetch)
     reports: list[RunReport] = []
@@ -60,6 +61,9 @@ def sync(
 
     def run() -> None:
         try:
+            workspace = open_workspace(config)
+            inquiry.refuse_nothing(workspace, [plan], options)
+            inquiry.refuse_conflicts(workspace, [plan])
             reports.extend(sync_plans(config, [plan], options, wait=wait))
         except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             failures.append(error)
@@ -95,10 +99,13 @@ def estimate(
 ) -> Estimate:
     """Say how many requests a sync would send, how long it takes, when it is done and which limit decides that.
 
-    Sends nothing. `requests` lists so many of the first requests.
+    Sends nothing. `requests` lists so many of the first requests. Where the number of pages is not known before they
+    are asked (ticks), `at_least` is true, and the figures are the least.
     """
     with _opened(config) as workspace:
-        return inquiry.estimate(workspace, plan, _options(since, until, only), requests=requests)
+        options = _options(since, until, only)
+        inquiry.refuse_nothing(workspace, [plan], options)
+        return inquiry.estimate(workspace, plan, options, requests=requests)
 
 
 def status(plan: str, config: str | Path = "upstream.yml", *, owed: bool = False) -> Status:
@@ -117,10 +124,15 @@ def read_report(run: str | None = None, config: str | Path = "upstream.yml") -> 
         return found
 
 
-def explain(dataset: str, symbol: str, day: date | str, config: str | Path = "upstream.yml") -> Explanation:
-    """Say why the rows of a symbol and day are, or are not, in the stores; `lines` holds the sentences."""
+def explain(
+    dataset: str, symbol: str, day: date | str | None = None, config: str | Path = "upstream.yml"
+) -> Explanation:
+    """Say why the rows of a symbol and day are, or are not, in the stores; `lines` holds the sentences.
+
+    The rows of a dataset without a time column are a list as it stands; they need no day.
+    """
     with _opened(config) as workspace:
-        return inquiry.explain(workspace, dataset, symbol, _day(day))
+        return inquiry.explain(workspace, dataset, symbol, None if day is None else _day(day))
 
 
 def query(sql: str, config: str | Path = "upstream.yml", *, store: str | None = None) -> pl.DataFrame:

@@ -146,7 +146,7 @@ def test_a_plan_is_estimated_synced_and_read_from_python(market):
     assert read_report(report.run, config).rows.inserted == 500
     assert read_report(config=config).rows.inserted == 0
     assert "2012-10-29 is no session" in explain("alpaca.daily_bars", "IBM", "2012-10-29", config).lines[0]
-    assert "has 1 row(s)" in explain("alpaca.daily_bars", "IBM", date(2012, 10, 31), config).lines[-1]
+    assert "has 1 row of IBM" in explain("alpaca.daily_bars", "IBM", date(2012, 10, 31), config).lines[-1]
     assert query("SELECT count(*) AS n FROM alpaca.daily_bars WHERE symbol = 'IBM'", config).item() == 250
 
     with open_store(f"delta://{config.parent}/data") as store:
