@@ -51,13 +51,18 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
 
 def main() -> None:
     """Run the command line and end with an exit code that scripts can rely on."""
+    # before anything else, since imports take most of a short command's time
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
     try:
         build(sys.argv[1:])()
+    except SystemExit as ended:
+        if ended.code == _TYPER_INTERRUPTED:
+            sys.exit(_interrupted())
+        raise
     except ConfigurationError as error:
         for problem in error.problems:
             sys.stderr.write(f"{problem}\n")
@@ -68,28 +73,50 @@ def main() -> None:
         _failed_as_json([str(error)])
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
-        sys.exit(int(ExitCode.PAUSED))
+        sys.exit(_interrupted())
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(int(ExitCode.DONE))
     except Exception as error:
-        database = sys.modules.get("sqlalchemy.exc")
-        if database is None or not isinstance(error, database.SQLAlchemyError):
+        message = _of_the_machine(error)
+        if message is None:
             raise
-        cause = getattr(error, "orig", None) or error
-        sys.stderr.write(f"the ledger failed: {cause}; see `ledger` and `state` in upstream.yml, then run again\n")
+        sys.stderr.write(f"{message}\n")
+        _failed_as_json([message])
         sys.exit(int(ExitCode.FAILED))
 
 
-def _failed_as_json(messages: list[str]) -> None:
+def _of_the_machine(error: Exception) -> str | None:
+    """Return what to tell of an error that is the disk's, the system's or the ledger's; None for one of ours."""
+    import errno
+
+    database = sys.modules.get("sqlalchemy.exc")
+    if database is not None and isinstance(error, database.SQLAlchemyError):
+        cause = str(getattr(error, "orig", None) or error)
+        if "disk is full" not in cause:
+            return f"the ledger failed: {cause}; see `ledger` and `state` in upstream.yml, then run again"
+        full, what = True, f"the ledger says: {cause}"
+    elif isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    else:
+        return None
+    if full:
+        return f"the disk is full ({what}); nothing that was acknowledged is lost: free some space, then run again"
+    return f"{what}; check that the path is right, who owns it, and its permissions"
+
+
+def _failed_as_json(messages: list[str], state: str = "failed") -> None:
     """Keep the promise of --json when there is nothing else to print: one object on stdout."""
     if "--json" in sys.argv[1:]:
         import json
 
-        sys.stdout.write(json.dumps({"state": "failed", "errors": [{"message": one} for one in messages]}) + "\n")
+        sys.stdout.write(json.dumps({"state": state, "errors": [{"message": one} for one in messages]}) + "\n")
 
 
 _asked = 0
+_TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
+_GRACE_SECONDS = 3.0  # from the second signal until the process ends, whatever it is doing
 
 
 def _stop(number: int, frame: object) -> None:
@@ -100,7 +127,35 @@ def _stop(number: int, frame: object) -> None:
     if _asked == 1 and watch is not None and watch.interrupt_all():
         sys.stderr.write("stopping at the next page (again to stop at once)\n")
         return
+    if _asked == 2:
+        # Threads that wait for an answer would keep the process; what they hold is as safe as it is from a kill -9.
+        import threading
+
+        timer = threading.Timer(_GRACE_SECONDS, _leave)
+        timer.daemon = True
+        timer.start()
+    elif _asked > 2:
+        _leave()
     raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    """Say that the command was stopped before its end, and return the exit code of that."""
+    if _asked > 1:
+        sys.stderr.write("stopped at once; what was sealed is kept, and the next run goes on from there\n")
+    else:
+        sys.stderr.write("stopped\n")
+    _failed_as_json(["stopped by a signal"], "paused")
+    return int(ExitCode.PAUSED)
+
+
+def _leave() -> None:
+    import os
+
+    code = _interrupted()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ def replica(
 
     server = Replica(port=port, data=data, faults=faults, log=log)
     url = server.start()
-    say(f"replica of alpaca, tushare and nasdaq_data_link: {url} (Ctrl-C ends it)")
     try:
+        say(f"replica of alpaca, tushare and nasdaq_data_link: {url} (Ctrl-C ends it)")
         server.serve_forever()
+    except KeyboardInterrupt:
+        say("replica: ended")
     finally:
         server.stop()
