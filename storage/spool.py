@@ -7,8 +7,10 @@ and who still has to get them, is in the ledger; nothing here knows a store or a
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Iterator
+import socket
+import uuid
+from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,6 @@ from marketsync.errors import MarketSyncError
 
 if TYPE_CHECKING:
     import polars as pl
-
-ORPHAN_SECONDS = 3600.0
 
 
 class Spool:
@@ -28,6 +28,22 @@ class Spool:
         self._segments = root / "spool"
         self._quarantine = root / "quarantine"
         self._segments.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def name(self) -> str:
+        """What the ledger calls this spool; it stays with the folder, while a container's host name changes."""
+        file = self.root / "spool.name"
+        if not file.exists():
+            fresh = self.root / f"spool.{uuid.uuid4().hex}"
+            fresh.write_text(f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", encoding="utf-8")
+            try:
+                os.link(fresh, file)  # unlike a rename, it never replaces the name that another process has given
+            except FileExistsError:
+                pass
+            except OSError:  # no links on this file system
+                fresh.replace(file)
+            fresh.unlink(missing_ok=True)
+        return file.read_text(encoding="utf-8")
 
     def write(self, lane: str, seq: int, frame: pl.DataFrame) -> tuple[str, int]:
         """Write a segment durably; return its path below the root and its size in bytes."""
@@ -80,16 +96,14 @@ class Spool:
                 # Other segments of the lane are still there.
                 continue
 
-    def sweep(self, known: set[str]) -> int:
-        """Delete files that the ledger does not know and that are too old to be on their way; return how many."""
-        before = time.time() - ORPHAN_SECONDS
-        orphans = [
-            str(file.relative_to(self.root))
-            for file in self._segments.glob("*/*")
-            if str(file.relative_to(self.root)) not in known and file.stat().st_mtime < before
-        ]
-        self.remove(orphans)
-        return len(orphans)
+    def strangers(self, known: Collection[str]) -> dict[str, list[str]]:
+        """Return the paths of files (whole or half written) that are not among the known ones, by lane."""
+        found: dict[str, list[str]] = {}
+        for file in self._segments.glob("*/*"):
+            path = str(file.relative_to(self.root))
+            if path not in known:
+                found.setdefault(file.parent.name, []).append(path)
+        return found
 
     def set_aside(self, dataset: str, segment_id: str, rejected: pl.DataFrame) -> str:
         """Keep rejected rows (with their reason) as JSON lines that a person can read; return the file's path."""

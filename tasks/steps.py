@@ -200,12 +200,26 @@ def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fe
 
 
 def sweep(config: str) -> int:
-    """Remove segment files that no ledger row speaks of, or that every store has (a crash between the two), and what
-    the ledger knows of work that was done long ago; return how many files."""
+    """Remove segment files that every store has or of which no ledger row speaks and nobody alive will (a crash between
+    the two), and what the ledger knows of work that was done long ago; return how many files."""
     workspace = open_workspace(config)
     workspace.ledger.forget(KEEP_HISTORY)
-    finished = workspace.ledger.finished_files(workspace.host)
-    if finished:
-        workspace.spool.remove(finished)
-        workspace.ledger.removed(finished)
-    return len(finished) + workspace.spool.sweep(workspace.ledger.spool_files(workspace.host))
+    ledger, spool, host = workspace.ledger, workspace.spool, workspace.host
+    swept = ledger.finished_files(host)
+    if swept:
+        spool.remove(swept)
+        ledger.removed(swept)
+    owner = this_owner()
+    for lane, paths in spool.strangers(ledger.spool_files(host)).items():
+        hold = f"lane:{lane}"
+        if not ledger.hold(hold, owner):
+            continue  # who writes it lives, and will tell the ledger
+        try:
+            # Read again under the hold: it may have been told meanwhile.
+            known = ledger.spool_files(host)
+            orphans = [path for path in paths if path not in known]
+            spool.remove(orphans)
+            swept.extend(orphans)
+        finally:
+            ledger.let_go(hold, owner)
+    return len(swept)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +69,6 @@ class Workspace:
         self.loaded: Loaded = load_configuration(path)
         self.base = self.loaded.base.resolve()
         self.state = self.base / self.loaded.configuration.state
-        self.host = socket.gethostname()
         self.owner = this_owner()
         self._open_store = open_store
         self._make_client = make_client
@@ -104,6 +102,11 @@ class Workspace:
         """The spool of this host."""
         self._make_state()
         return Spool(self.state)
+
+    @property
+    def host(self) -> str:
+        """Whose segments this process delivers: those of its own spool."""
+        return self.spool.name
 
     def _make_state(self) -> None:
         try:

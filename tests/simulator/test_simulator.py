@@ -32,12 +32,6 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
-@pytest.fixture(autouse=True)
-def _orphans_at_once(monkeypatch: pytest.MonkeyPatch):
-    """Nobody else writes segments here, so a file that no ledger knows is an orphan without delay."""
-    monkeypatch.setattr("storage.spool.ORPHAN_SECONDS", -5.0)
-
-
 # A failure is told as it was found: shrinking a world of runs takes many minutes (add Phase.shrink to have it done).
 EVERYDAY = settings(
     derandomize=True,
