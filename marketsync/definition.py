@@ -613,7 +613,9 @@ class Dataset(Model):
         if (self.published or self.settles) and not (self.calendar or self.over.session):
             raise ValueError("published and settles need a calendar (24/7 is one)")
         if self.page.after and self.page.after not in columns:
-            raise ValueError(f"page.after names {self.page.after!r}, which is not a column")
+            raise ValueError(
+                f"page.after names {self.page.after!r}, which is not a column; columns: {', '.join(columns)}"
+            )
         for name in columns:
             if name.startswith("_") or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", name):
                 raise ValueError(

@@ -472,6 +472,8 @@ def suggested(report: RunReport) -> tuple[NextStep, ...]:
     if report.state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION):
         when = f"after {report.resume_at:%Y-%m-%d %H:%M} UTC" if report.resume_at else "later"
         steps.append(NextStep(command=again, why=f"{when}: goes on where this run stopped, nothing is fetched twice"))
+    elif report.state is RunState.PAUSED and any(remark.kind == "paused" for remark in report.remarks):
+        steps.append(NextStep(command=f"marketsync resume {plan}", why=f"lets it run again; then: {again}"))
     elif report.state in (RunState.PAUSED, RunState.CANCELLED):
         steps.append(NextStep(command=again, why="goes on where this run stopped"))
     elif report.work.failed:

@@ -603,8 +603,10 @@ class Fetcher:
 
 
 def _said(outcome: Outcome, what: str) -> str:
+    if not outcome.status:  # nobody answered: these are this machine's words
+        return f"{what}: {outcome.message}" if outcome.message else what
     words = f" — it says: {outcome.message}" if outcome.message else ""
-    return f"{what} (HTTP {outcome.status}){words}" if outcome.status else f"{what}{words}"
+    return f"{what} (HTTP {outcome.status}){words}"
 
 
 def ask_of(scope: Scope, unit: Unit) -> Ask:

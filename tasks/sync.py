@@ -38,7 +38,7 @@ from tasks.fetch import Fetched
 from tasks.runner import AIR_SECONDS, Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
 from tasks.tally import Counts, Note
-from tasks.watch import Sync, Watch
+from tasks.watch import Stop, Sync, Watch
 from tasks.workspace import Options, Scope, Workspace, open_workspace
 
 log = logging.getLogger(__name__)
@@ -376,6 +376,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         )
         for note in dict.fromkeys(notes)
     ]
+    remarks.extend(_why_stopped(plan, workspace.path, reason) for reason in sorted(stopped))
     for outcome in outcomes:
         if outcome.prepared is not None and outcome.prepared.new_columns:
             names = ", ".join(outcome.prepared.new_columns)
@@ -573,20 +574,29 @@ def not_started(config: str, plan: str, run: RunRow, state: RunState) -> RunRepo
     """Close a run that must not start and report why."""
     workspace = open_workspace(config)
     paused = workspace.ledger.control(plan).desired is Desired.PAUSE
-    why = (
-        f"plan {plan} is paused; `marketsync resume {plan}` lets it run again"
-        if paused
-        else f"{config} says maintenance: true"
-    )
+    reason = Stop.PAUSE if paused else Stop.MAINTENANCE
     workspace.ledger.close_run(run.run_id, str(state), {})
-    return RunReport(
+    report = RunReport(
         run=run.run_id,
         plan=plan,
         state=state,
         started=run.started,
         ended=workspace.clock.now(),
-        remarks=(Remark(kind="paused", message=why),),
+        remarks=(_why_stopped(plan, workspace.path, reason),),
     )
+    return replace(report, next_steps=suggested(report))
+
+
+def _why_stopped(plan: str, path: Path, reason: str) -> Remark:
+    """Return why a run stopped, or did not begin, and how it goes on; `reason` is a `Stop`."""
+    message = {
+        Stop.PAUSE: f"plan {plan} is paused by hand; `marketsync resume {plan}` lets it run again",
+        Stop.CANCEL: f"plan {plan} was cancelled by hand; what waited is forgotten, and the next sync plans anew",
+        Stop.MAINTENANCE: f"{path} says `maintenance: true`; runs go on when it no longer does",
+        Stop.SIGNAL: "a signal (Ctrl-C, SIGTERM) ended it; what was fetched is kept, and the next sync goes on from "
+        "there",
+    }[Stop(reason)]
+    return Remark(kind=reason, message=message)
 
 
 def broken_off(config: str, run: RunRow, error: BaseException) -> None:

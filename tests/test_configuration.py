@@ -626,3 +626,10 @@ def test_a_variable_that_names_a_file_that_is_not_there_is_told(write, tmp_path,
     monkeypatch.setenv("TUSHARE_TOKEN_FILE", str(tmp_path / "gone"))
     (problem,) = inspect_file(write("upstreams: {tushare: {tier: points_120}}\n"), secrets_required=True).problems
     assert f"TUSHARE_TOKEN_FILE names {tmp_path / 'gone'}, which is not there" in problem.message
+
+
+def test_a_last_key_that_is_no_column_is_told_with_the_columns(write):
+    text = changed(DEFINITION, "page: {token: next, send: cursor}", "page: {after: stamp, send: cursor}")
+    (problem,) = check_file(write(text))
+    assert "page.after names 'stamp', which is not a column" in problem.message
+    assert problem.remedy == "columns: symbol, date, close"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -17,10 +18,11 @@ import pytest
 
 from cli.main import build
 from marketsync.errors import ConfigurationError, ExitCode, SchemaConflict
+from marketsync.ledger import Desired
 from marketsync.report import RunState
 from tasks import inquiry
 from tasks.sync import sync
-from tasks.workspace import Options, Workspace, close_workspaces
+from tasks.workspace import Options, Workspace, close_workspaces, open_workspace
 from tests.providers.loopback import Loopback, answer
 
 ROOT = Path(__file__).parent.parent
@@ -282,6 +284,54 @@ def test_the_command_ends_with_2_before_anything_is_asked(place):
         assert done.returncode == int(ExitCode.CONFIGURATION), done.stdout
         assert done.stderr.count("\n") == 1
     assert place.server.received == []
+
+
+# ---------------------------------------------------------------- what a report says of a run that came to no end
+
+
+def test_a_paused_plan_says_why_nothing_was_asked_and_how_it_goes_on(place):
+    assert place.run("pause", "bars").returncode == 0
+    done = place.run("sync", "bars")
+    assert done.returncode == int(ExitCode.PAUSED)
+    assert "paused: plan bars is paused by hand; `marketsync resume bars` lets it run" in " ".join(done.stdout.split())
+    assert "paused :" not in done.stdout
+    (step,) = json.loads(place.run("sync", "bars", "--json").stdout)["next_steps"]
+    assert step["command"] == "marketsync resume bars"
+    assert place.run("resume", "bars").returncode == 0
+    assert place.run("sync", "bars").returncode == 0
+
+
+def test_a_run_that_is_paused_while_it_asks_says_so_too(place):
+    def pauses(connection, request) -> None:
+        open_workspace(place.config).ledger.set_control("bars", Desired.PAUSE)
+        connection.sendall(answer(b'[{"day": "2020-03-02", "close": 1.5}]'))
+        time.sleep(1.0)  # the worker polls every half second
+
+    place.server.routes["/bars"] = pauses
+    report = sync(place.config, ["bars"])[0]
+    assert report.state is RunState.PAUSED
+    assert [remark.kind for remark in report.remarks] == ["paused"]
+    assert "marketsync resume bars" in report.remarks[0].message
+    assert report.next_steps[0].command == "marketsync resume bars"
+
+
+def test_maintenance_is_told_with_the_file_that_says_it(place):
+    place.config.write_text("maintenance: true\n" + UPSTREAM)
+    done = place.run("sync", "bars", "--json")
+    (remark,) = json.loads(done.stdout)["remarks"]
+    assert (done.returncode, remark["kind"]) == (int(ExitCode.PAUSED), "maintenance")
+    assert str(place.config) in remark["message"]
+
+
+def test_what_this_machine_says_is_not_put_into_the_providers_mouth(place):
+    place.define(DEFINITION.replace("{url}", "http://127.0.0.1:9"))
+    done = place.run("sync", "bars", "--json")
+    messages = [error["message"] for error in json.loads(done.stdout)["errors"]]
+    assert done.returncode == int(ExitCode.FAILED)
+    assert messages
+    for message in messages:
+        assert "refused" in message
+        assert "it says" not in message
 
 
 # ---------------------------------------------------------------- edited schemas

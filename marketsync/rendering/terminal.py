@@ -113,9 +113,9 @@ def _datasets(report: RunReport) -> Table:
 def _told(remarks: Sequence[Remark]) -> list[str]:
     told = []
     for remark in remarks:
-        what = " ".join(words.clean(word) for word in (remark.dataset, remark.subject) if word)
+        about = (remark.kind.replace("_", " "), words.clean(remark.dataset), words.clean(remark.subject))
         times = f" ({remark.count:,} alike)" if remark.count > 1 else ""
-        line = f"{remark.kind.replace('_', ' ')} {what}: {words.one_line(remark.message)}{times}"
+        line = f"{' '.join(word for word in about if word)}: {words.one_line(remark.message)}{times}"
         if remark.resume_at is not None:
             line += f"; goes on {words.instant(remark.resume_at)}"
         if remark.request:
