@@ -210,10 +210,12 @@ class SegmentWriter:
                     if self._over and not self._open.pages:
                         return
                     self._sealing = True
+                    heard = self._flushes
                 self._seal_open()
                 with self._changed:
                     self._sealing = False
-                    self._flushes = 0
+                    # Those that came while this was sealed have pages of their own to wait for.
+                    self._flushes -= heard
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - every fetching thread must hear of it
             with self._changed:

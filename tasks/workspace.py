@@ -471,7 +471,11 @@ class Scope:
         from providers.limit_windows import Kind
 
         states = self.workspace.limiter(self.upstream_name).state(self.dataset_name)
-        return any(state.kind is Kind.QUOTA for state in states)
+        return any(
+            state.kind is Kind.QUOTA
+            or (state.kind is Kind.WINDOW and state.per is not None and state.per.seconds >= 3600)
+            for state in states
+        )
 
     def recent(self, unit: Unit) -> bool:
         """Whether a unit asks for the newest of what is wanted."""

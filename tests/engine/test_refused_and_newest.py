@@ -12,7 +12,7 @@ PLAN = {"datasets": ["alpaca.daily_bars"], "since": "2010-01-01", "until": "2013
 
 
 def symbols_asked(log):
-    return [one["request"]["query"]["symbols"] for one in log]
+    return [one["request"]["params"]["symbols"] for one in log]
 
 
 def test_a_symbol_that_the_provider_refuses_is_found_and_costs_the_others_of_its_batch_nothing(place):
@@ -63,7 +63,6 @@ def test_a_small_quota_is_spent_on_the_newest_before_the_history_is_touched(plac
     here = place()
     definition = alpaca_by_month(5)
     upstream = {"limits": [{"requests": 6, "per": "day"}], "tuning": {"threads": 4}}
-    here.write({**PLAN, "universe": ["IBM"]}, definition=definition, upstream=upstream)
     here.write(
         {**PLAN, "universe": ["IBM"], "until": "2013-02-28"},
         definition=definition,
@@ -72,5 +71,5 @@ def test_a_small_quota_is_spent_on_the_newest_before_the_history_is_touched(plac
     run = here.sync()
     assert (run.code, run.state, run.sent) == (75, "waiting_for_quota", 6)
     # February has 19 sessions: four pages of five, asked one after the other; only then the oldest month is begun.
-    assert [one["request"]["query"]["start"][:7] for one in here.log[:4]] == ["2013-02"] * 4
-    assert {one["request"]["query"]["start"][:4] for one in here.log[4:]} == {"2010"}
+    assert [one["request"]["params"]["start"][:7] for one in here.log[:4]] == ["2013-02"] * 4
+    assert {one["request"]["params"]["start"][:4] for one in here.log[4:]} == {"2010"}
