@@ -24,7 +24,8 @@ def test_a_symbol_that_the_provider_refuses_is_found_and_costs_the_others_of_its
     work = run.report["work"]
     assert work["dropped"] == 2
     assert work["units"] == sum(count for kind, count in work.items() if kind != "units")
-    assert "invalid symbol: IB$M" in run.words and "invalid symbol: MSF#T" in run.words
+    assert "invalid symbol: IB$M" in run.words
+    assert "invalid symbol: MSF#T" in run.words
     holes = {tuple(hole["subjects"]): hole["reason"] for hole in run.report["datasets"][0]["judgement"]["holes"]}
     assert "invalid symbol: IB$M" in holes["IB$M",]
 
