@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ import pytest
 from synced_place import Place
 
 from providers.replica import Replica
+from tasks.workspace import close_workspaces
+
+
+@pytest.fixture(scope="session")
+def calendars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trading calendars as a state folder keeps them: what one place has worked out, the next need not."""
+    return tmp_path_factory.mktemp("calendars")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
+def place(tmp_path: Path, calendars: Path) -> Iterator[Callable[..., Place]]:
     """Start a replica (with any of its options; no limits unless they are given) and return a place that asks it."""
     running: list[Replica] = []
 
@@ -21,8 +29,13 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Place]]:
         replica = Replica(**{"data": "bokeh", "limits": "unlimited", **options})
         running.append(replica)
         replica.start()
-        return Place(tmp_path / f"place-{len(running)}", replica)
+        folder = tmp_path / f"place-{len(running)}"
+        shutil.copytree(calendars, folder / ".marketsync" / "calendars")
+        return Place(folder, replica)
 
     yield made
+    close_workspaces()
     for replica in running:
         replica.stop()
+    for known in tmp_path.glob("place-*/.marketsync/calendars"):
+        shutil.copytree(known, calendars, dirs_exist_ok=True)

@@ -21,8 +21,11 @@ from typing import Any
 import polars as pl
 import pytest
 
+from marketsync import open_store
 from marketsync.configuration import shipped_definitions
 from providers.replica import Replica
+from tasks.sync import as_json, exit_code, sync
+from tasks.workspace import Options, close_workspaces
 
 PATIENCE_SECONDS = 120  # after which a process is taken to hang
 BARS = ["symbol", "ts", "open", "high", "low", "close", "volume", "trades", "vwap"]
@@ -112,6 +115,13 @@ class Place:
         """Run `marketsync sync p` to its end."""
         return ended(self.start(*arguments))
 
+    def sync_here(self, options: Options = Options()) -> Ended:
+        """The same in this process."""
+        close_workspaces()
+        reports = sync(self.config, ["p"], options)
+        close_workspaces()
+        return Ended(int(exit_code(reports)), json.loads(as_json(reports)), "")
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run any other command on this configuration."""
         return subprocess.run(
@@ -135,12 +145,20 @@ class Place:
     def requests(self) -> int:
         return len(self.replica.log)
 
+    def stored_here(self, dataset: str, store: str = "default") -> pl.DataFrame:
+        """All rows of a store, read in this process."""
+        return open_store(self.url(store)).scan(dataset).collect()
+
+    def url(self, store: str) -> str:
+        """A store's URL as any process can open it."""
+        scheme, _, place = self.stores[store].partition("://")
+        return f"{scheme}://{(self.folder / place).resolve()}"
+
     def stored(self, dataset: str = "alpaca.daily_bars", store: str = "default") -> pl.DataFrame:
         """All rows of a store, as a process of its own reads them."""
-        scheme, _, place = self.stores[store].partition("://")
         file = self.folder / "stored.parquet"
         done = subprocess.run(
-            [sys.executable, "-c", READ, f"{scheme}://{(self.folder / place).resolve()}", dataset, str(file)],
+            [sys.executable, "-c", READ, self.url(store), dataset, str(file)],
             cwd=Path(__file__).parents[2],
             env=environment(),
             capture_output=True,

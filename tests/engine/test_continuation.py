@@ -174,6 +174,24 @@ def test_a_store_that_is_added_is_filled_from_its_sibling_without_a_request(plac
     assert made.bars("default").equals(source)
 
 
+def test_what_waits_in_the_spool_is_delivered_although_the_host_has_another_name_now(place, monkeypatch):
+    """As a container's is at its next start."""
+    made = place()
+    made.write(PLAN)
+    obstacle = made.folder / "data"
+    obstacle.write_text("no folder can be made here")
+    monkeypatch.setattr("socket.gethostname", lambda: "first")
+    down = made.sync_here()
+    assert (down.code, down.report["rows"]["inserted"]) == (1, 0)
+    assert len(made.spooled()) == 1
+    obstacle.unlink()
+    monkeypatch.setattr("socket.gethostname", lambda: "second")
+    done = made.sync_here()
+    assert (done.code, done.sent) == (0, 0), done.words
+    assert made.bars().equals(made.source(SYMBOLS, FIRST, LAST))
+    assert made.spooled() == []
+
+
 def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
     def quickstart() -> str:
         done = subprocess.run(

@@ -16,6 +16,9 @@ import polars as pl
 import pytest
 from synced_place import Place, alpaca_by_month, asked_again, ended, killed
 
+from marketsync.clock import SystemClock
+from marketsync.ledger import Ledger, this_owner
+
 SYMBOLS = 12
 PAGE_ROWS = 10
 UNSEALED_REQUESTS = 50  # the default of segment.requests
@@ -119,6 +122,20 @@ def killable(place: Callable[..., Place], store: str, quarters: int) -> Place:
 
 def test_a_sync_that_is_killed_three_times_loses_no_row_and_repeats_at_most_a_segment(place):
     kill_often(killable(place, "delta", 10), kills=3, seed=1)
+
+
+def test_what_a_killed_writer_left_half_done_is_swept_by_the_next_run_and_what_a_living_one_writes_is_not(place):
+    made = killable(place, "delta", 4)
+    assert made.sync("--until", "2000-01-31").code == 0
+    spool = made.folder / ".marketsync" / "spool"
+    for lane in ("of-a-dead-writer", "of-a-living-writer"):
+        (spool / lane).mkdir()
+        (spool / lane / "00000001.arrow").write_bytes(b"rows that no ledger knows yet")
+    ledger = Ledger(f"sqlite:///{made.folder / '.marketsync' / 'ledger.db'}", SystemClock())
+    ledger.hold("lane:of-a-living-writer", this_owner())
+    ledger.close()
+    assert made.sync("--until", "2000-01-31").code == 0
+    assert [path.parent.name for path in made.spooled()] == ["of-a-living-writer"]
 
 
 @pytest.mark.slow
