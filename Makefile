@@ -67,18 +67,24 @@ docs: env-test ## build the documentation into site/
 docs-serve: env-test ## read the documentation at http://127.0.0.1:8000
 	$(BIN)/zensical serve
 
-server worker: export PREFECT_HOME ?= $(CURDIR)/.marketsync/prefect
-server: env-all ## a Prefect server at http://127.0.0.1:4200
+# where the server of these targets is; PREFECT_PORT=4300 puts it elsewhere, PREFECT_API_URL names another machine's
+PREFECT_PORT ?= 4200
+server worker deploy: export PREFECT_HOME ?= $(CURDIR)/.marketsync/prefect
+# the newer pages ask a service of Prefect's analytics for its settings even where analytics are off; the older do not
+server: export PREFECT_SERVER_UI_V2_ENABLED ?= false
+server: export PREFECT_SERVER_UI_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
+server: env-all ## a Prefect server at http://127.0.0.1:4200 (PREFECT_PORT=4300 elsewhere)
 	@mkdir -p $(PREFECT_HOME)
-	$(BIN)/prefect server start --host 127.0.0.1 --port 4200
+	$(BIN)/prefect --no-prompt server start --host 127.0.0.1 --port $(PREFECT_PORT)
 
 worker deploy: export MARKETSYNC_HOME ?= $(CURDIR)
-worker deploy: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+worker deploy: export PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
 worker: env-all ## a Prefect worker for the pool marketsync of that server
 	@mkdir -p $(PREFECT_HOME)
-	$(BIN)/prefect worker start --pool marketsync --type process
+	$(BIN)/prefect --no-prompt worker start --pool marketsync --type process
 
 deploy: env-all ## put the deployments of prefect.yaml on that server
+	@mkdir -p $(PREFECT_HOME)
 	scripts/deploy.sh
 
 lock: env-quickstart ## resolve requirements/*.txt again (UPGRADE=1 takes newer versions)

@@ -110,7 +110,8 @@ def sentence(report: RunReport) -> str:
     """Return what came of a run in one sentence, for states and artifacts."""
     rows, work = report.rows, report.work
     if not report.requests.sent and not work.units:
-        return "nothing was asked"
+        done = report.state in (RunState.COMPLETED, RunState.COMPLETED_WITH_FINDINGS)
+        return "nothing is owed: no request was sent" if done else "no request was sent"
     parts = [f"{many(rows.fetched, 'row')} of {many(report.requests.sent, 'request')}"]
     parts.extend(
         f"{count:,} {word}"
@@ -133,6 +134,7 @@ def sentence(report: RunReport) -> str:
 def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
     """Return the rows of the table artifact: a line for each dataset and store, what the run did and how it stands."""
     lines = []
+    some_say = any(part.state for part in datasets)
     for part in datasets:
         judged, laggard = part.judgement, part.laggard
         lines.append(
@@ -146,8 +148,8 @@ def table(datasets: tuple[DatasetReport, ...]) -> list[dict[str, Any]]:
                 "missing": None if judged is None else judged.missing,
                 "newest": newest(part),
                 "furthest behind": "-" if laggard is None else f"{laggard.subject} {(laggard.newest or '-')[:10]}",
-                "store says": part.state or "-",
             }
+            | ({"store says": part.state or "-"} if some_say else {})
         )
     return lines
 

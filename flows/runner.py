@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,11 +35,27 @@ from tasks.tally import Note
 from tasks.watch import interrupt_all
 
 INTERRUPT_SECONDS = 0.2  # how often every watch of the process is told, once a run is to stop
-POLL_SECONDS = 5.0  # how often the server is asked whether a run was cancelled that has no worker
+POLL_SECONDS = 5.0  # how often the server is asked whether somebody stopped the run there
 SHOWN_REMARKS = 20  # of one step in its log
+GRAVE = ("failed", "stopped", "store")  # notes of what makes a step fail
+OURS = ("marketsync", "providers", "storage", "tasks", "flows")  # packages whose log a flow run shows
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for what Prefect logs of an error of ours beside the message, which is in the final state: its way
+    through its own code, or the state's inner parts."""
+    if record.exc_info is None:
+        return True
+    return not isinstance(record.exc_info[1], MarketSyncError) and not record.msg.startswith(
+        "Task run failed with state"
+    )
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,15 @@ class _Raised:
     """What a step raised that is no failure of the step."""
 
     error: Interrupted | WaitingForQuota
+
+
+class StepFailed(MarketSyncError):
+    """A step came to its end, and something in it failed; Prefect wants an exception in a state that is Failed, so
+    what the step returned travels in one."""
+
+    def __init__(self, message: str, result: Any):
+        super().__init__(message)
+        self.result = result
 
 
 class PrefectPending:
@@ -56,7 +82,10 @@ class PrefectPending:
 
     def result(self) -> Any:
         """Wait for the step and return what it returned, or raise what it raised."""
-        value = self.future.result()
+        try:
+            value = self.future.result()
+        except StepFailed as failed:
+            return failed.result
         if isinstance(value, _Raised):
             raise value.error
         return value
@@ -160,7 +189,8 @@ def _told(result: Any) -> Any:
 def _log(notes: Sequence[Note]) -> None:
     logger = get_run_logger()
     for note in notes[:SHOWN_REMARKS]:
-        logger.warning("%s: %s", f"{note.dataset} {note.subject}".strip(), note.message)
+        level = logging.ERROR if note.kind in GRAVE else logging.WARNING
+        logger.log(level, "%s: %s", f"{note.dataset} {note.subject}".strip(), note.message)
     if len(notes) > SHOWN_REMARKS:
         logger.warning("the report has %s", many(len(notes) - SHOWN_REMARKS, "more remark"))
 
@@ -170,9 +200,16 @@ def _fetched(result: Fetched) -> State[Any]:
     counts = result.counts
     rows, requests = many(counts.fetched, "row"), many(counts.sent, "request")
     message = f"{rows} of {requests}, {counts.done:,} of {many(counts.units, 'unit')} done"
+    waits = result.halt is not None and result.halt.verdict is Verdict.QUOTA
+    if (result.halt is not None and not waits) or counts.failed or result.stores_down:
+        # The graph is red where the run failed. What else failed is in the log and in the report.
+        why = next((note.message for note in result.notes if note.kind in GRAVE), "see the report")
+        failed = f"{many(counts.failed, 'unit')} failed" if counts.failed else "stopped"
+        message = f"{message}, {failed}: {why}"
+        return Failed(message=message, data=StepFailed(message, result))
     if result.halt is not None:
-        name = "WaitingForQuota" if result.halt.verdict is Verdict.QUOTA else "Stopped"
-        return Completed(name=name, message=f"{message}; {result.halt.message}", data=result)
+        until = f", until {result.halt.resume_at:%Y-%m-%d %H:%M} UTC" if result.halt.resume_at else ""
+        return Completed(name="WaitingForQuota", message=f"{message}; the quota is spent{until}", data=result)
     if result.stopped is not None:
         name = "Cancelled" if result.stopped == "cancelled" else "Paused"
         return Completed(name=name, message=message, data=result)
@@ -189,19 +226,44 @@ def _judged(part: DatasetReport) -> str:
     return f"{part.store}: {rows}, {share(part.judgement.completeness)} complete, {missing} missing"
 
 
+@contextmanager
+def logged_in_run() -> Iterator[None]:
+    """Have what our packages log meanwhile, from whatever thread, shown in the log of the flow run we are in."""
+    handler = _ToFlowRun(get_run_logger())
+    loggers = [logging.getLogger(name) for name in OURS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+class _ToFlowRun(logging.Handler):
+    """Hands records on to the log of one flow run, whichever thread they come from."""
+
+    def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]):
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._logger.log(record.levelno, record.getMessage())
+
+
 class Stoppable:
-    """A call that SIGTERM, Ctrl-C and a cancellation turn into a pause, where they would break it off.
+    """A call that SIGTERM, Ctrl-C, a cancellation and a suspension turn into a pause, where they would break it off.
 
     Prefect and Python raise a signal as an exception in the main thread, so the call goes on in another thread while
     the main one waits. The first signal asks every running step of the process to stop at its next page, and those
     that begin afterwards too, so that what was fetched is sealed and delivered. The second is not held back.
     """
 
-    def __init__(self, is_cancelled: Callable[[], bool] | None = None):
-        """`is_cancelled` is asked every `POLL_SECONDS`: for a flow run that nobody sends a signal."""
+    def __init__(self, is_to_stop: Callable[[], bool] | None = None):
+        """`is_to_stop` is asked every `POLL_SECONDS`, for what the server says without a signal."""
         self.signal: TerminationSignal | KeyboardInterrupt | None = None
         self.asked = threading.Event()
-        self._is_cancelled = is_cancelled
+        self._is_to_stop = is_to_stop
         self._over = threading.Event()
 
     def run(self, call: Callable[[], T]) -> T:
@@ -238,7 +300,7 @@ class Stoppable:
         while not self._over.wait(INTERRUPT_SECONDS):
             if self.asked.is_set():
                 interrupt_all()
-            elif self._is_cancelled is not None and time.monotonic() - polled >= POLL_SECONDS:
-                if self._is_cancelled():
+            elif self._is_to_stop is not None and time.monotonic() - polled >= POLL_SECONDS:
+                if self._is_to_stop():
                     self.asked.set()
                 polled = time.monotonic()

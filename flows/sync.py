@@ -5,7 +5,7 @@ A flow run that must wait for a quota ends, and asks its deployment for the run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from functools import partial
@@ -15,20 +15,21 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BeforeValidator, Field
 
 from flows.artifacts import REFUSED, ProgressDisplay, sentence, show
 from flows.continuation import continue_later, flow_run, is_caught_up, tell_caught_up
-from flows.runner import PrefectRunner, Stoppable
+from flows.runner import PrefectRunner, Stoppable, logged_in_run
 from marketsync.errors import ConfigurationError, Interrupted, MarketSyncError, WaitingForQuota
 from marketsync.ledger import RunRow
 from marketsync.rendering.words import many
-from marketsync.report import Remark, RunReport, RunState
+from marketsync.report import Remark, RequestCounts, RowCounts, RunReport, RunState
 from marketsync.upstream import NAME
 from tasks.inquiry import Estimate, estimate
+from tasks.steps import progress
 from tasks.sync import begin, broken_off, describe, finish, not_started, sweep
 from tasks.workspace import Options, Workspace, open_workspace
 
@@ -36,7 +37,10 @@ DATASETS_AT_ONCE = 4
 STEP_SECONDS = 45.0  # of work in one task: a task costs about 35 ms, and a person reads some hundreds of them at most
 LONGEST_STEP_SECONDS = 900.0
 MOST_TASKS = 500  # of one flow run
-OF_THE_RUN = ("paused", "schema", "void")  # remarks that no task has logged
+OF_THE_RUN = ("paused", "schema", "void", "no_rows")  # remarks that no task has logged
+SUSPENDED = (
+    "the flow run was suspended on the Prefect server; resume it there, or let another run go on where it stopped"
+)
 
 
 def _date_or_instant(value: Any) -> Any:
@@ -67,8 +71,8 @@ _ON_THREADS: Any = ThreadPoolTaskRunner(max_workers=DATASETS_AT_ONCE)
     log_prints=False,
 )
 def sync_plan(
-    plan: Annotated[str, Field(pattern=NAME)],
-    config: Annotated[str, Field(min_length=1)] = "upstream.yml",
+    plan: Annotated[str, Field(pattern=NAME, examples=["daily"])],
+    config: Annotated[str, Field(min_length=1, examples=["upstream.yml", "/market/upstream.yml"])] = "upstream.yml",
     since: Day | None = None,
     until: Day | None = None,
     only: list[str] = [],  # noqa: B006 - read only, and what Prefect shows in its form
@@ -84,19 +88,21 @@ def sync_plan(
     WaitingForPublication, Paused, Cancelled; or Failed with the first error. (Prefect's form shows the words below.)
 
     Args:
-        plan: The name of a plan in the configuration file. It says which datasets, of what, since when, into which
-            stores.
-        config: The path of upstream.yml on the machine of the worker. A relative path begins in MARKETSYNC_HOME.
-        since: The first day wanted, instead of the plan's own. None: as the plan says.
-        until: The last day wanted (that day included), instead of the plan's own. None: as the plan says, which
-            usually is up to now.
-        only: Sync only these symbols, such as AAPL. Empty: all of the plan's. A run of some symbols never makes the
-            plan count as caught up.
+        plan: The name of a plan in upstream.yml, such as daily. The plan says which datasets, of what, since when,
+            into which stores.
+        config: The path of upstream.yml on the machine of the worker, such as /market/upstream.yml. A relative path
+            begins in MARKETSYNC_HOME.
+        since: The first day wanted, such as 2020-01-01, instead of the plan's own. None: as the plan says.
+        until: The last day wanted (that day included), such as 2020-12-31, instead of the plan's own. None: as the
+            plan says, which usually is up to now.
+        only: Sync only these symbols, one an item, such as AAPL. Empty: all of the plan's. A run of some symbols never
+            makes the plan count as caught up.
         retry_failed: Ask only for what failed or was dropped in earlier runs.
         refetch: Ask again for everything in the range, also for what is there already. This spends quota.
-        report_folder: A folder on the machine of the worker. Each run's report is written there as an HTML file and
-            linked from the run. None: no file is written.
-        report_address: The URL at which a web server shows that folder. None: the link is a file path.
+        report_folder: A folder on the machine of the worker, such as /market/reports. Each run's report is written
+            there as an HTML file and linked from the run. None: no file is written.
+        report_address: The URL at which a web server shows that folder, such as https://reports.example.com. None:
+            the link is a file path.
         refetch_begun: Leave this empty. A run that fetches again and has to wait for its quota fills it in for the
             run that goes on, so that nothing is asked for twice.
     """
@@ -105,8 +111,9 @@ def sync_plan(
     try:
         workspace = open_workspace(config)
         workspace.plan(plan)
-        stoppable = Stoppable(_watch_for_cancellation())
-        report = _synced(workspace, plan, options, refetch_begun, stoppable)
+        stoppable = Stoppable(_is_to_stop)
+        with logged_in_run():
+            report = _synced(workspace, plan, options, refetch_begun, stoppable)
     except MarketSyncError as error:
         what = ": the configuration is wrong" if isinstance(error, ConfigurationError) else ""
         logger.error("plan %s was not synced%s\n%s", plan, what, error)
@@ -118,11 +125,15 @@ def sync_plan(
     if is_caught_up(report, options):
         tell_caught_up(workspace, report)
     ended = _ended(report, _what_next(workspace, report, options))
-    if stoppable.asked.is_set() and _is_cancelling():
+    told = _state_on_server() if stoppable.asked.is_set() else None
+    if told is not None and told.is_cancelling():
         if isinstance(stoppable.signal, TerminationSignal):
             # The worker sent it, and sets the final state once we are gone.
+            logger.info("plan %s was cancelled: %s", plan, ended.message)
             raise stoppable.signal
         return Cancelled(message=ended.message, data=RunFailed(str(ended.message), report))
+    if told is not None and told.is_paused():
+        raise Pause(state=told)
     return ended
 
 
@@ -135,9 +146,14 @@ def _synced(
     run, state = begin(path, plan)
     if state is not None:
         return not_started(path, plan, run, state)
-    if options.refetch and refetch_begun is not None:
-        # What was asked since the first of these runs began has been fetched again already.
-        run = replace(run, started=refetch_begun)
+    if options.refetch:
+        # What was asked since the first of these runs began has been fetched again already; a flow run that was
+        # suspended or retried began long before.
+        this = flow_run()
+        known = (refetch_begun, None if this is None else this.start_time)
+        # Prefect's own kind of datetime is not one that the report can be written with.
+        began = [datetime.fromtimestamp(instant.timestamp(), UTC) for instant in known if instant is not None]
+        run = replace(run, started=min([run.started, *began]))
     try:
         expected = expected_of(workspace, plan, options)
         if expected is not None:
@@ -160,6 +176,9 @@ def _steps(workspace: Workspace, run: RunRow, options: Options, seconds: float) 
         return _broke(workspace, run, RunState.WAITING_FOR_QUOTA, str(wait), wait.resume_at)
     except Interrupted as stop:
         return _broke(workspace, run, RunState.PAUSED, str(stop))
+    except Pause:
+        # Prefect raises it in place of the next step. Every step that began has ended.
+        return _broke(workspace, run, RunState.PAUSED, SUSPENDED)
     return finish(path, run.plan, run, outcomes, "prefect")
 
 
@@ -185,6 +204,7 @@ def _broke(
 ) -> RunReport:
     """Close a run that a step ended early, with a report that says why."""
     workspace.ledger.close_run(run.run_id, str(state), {"resume_at": resume_at.isoformat() if resume_at else None})
+    counts = progress(run.run_id)
     kind = "waiting" if resume_at else "paused"
     return RunReport(
         run=run.run_id,
@@ -193,6 +213,8 @@ def _broke(
         resume_at=resume_at,
         started=run.started,
         ended=workspace.clock.now(),
+        requests=RequestCounts(sent=counts.sent, retried=counts.retried, cool_downs=counts.cool_downs),
+        rows=RowCounts(fetched=counts.fetched, duplicates=counts.duplicates, quarantined=counts.quarantined),
         remarks=(Remark(kind=kind, message=message, resume_at=resume_at),),
         orchestrator="prefect",
     )
@@ -219,23 +241,25 @@ def _what_next(workspace: Workspace, report: RunReport, options: Options) -> str
     return f"the quota is there again at {at}: flow run '{later.name}' is scheduled to go on"
 
 
-def _is_cancelling() -> bool:
-    """Return whether somebody cancelled this flow run."""
+def _state_on_server() -> State[Any] | None:
+    """Return the state that the server says this flow run has; None where it does not answer."""
     this = flow_run()
     if this is None:
-        return False
+        return None
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(this.id).state
+            return client.read_flow_run(this.id).state
     except REFUSED:
+        return None
+
+
+def _is_to_stop() -> bool:
+    """Return whether somebody suspended this flow run on the server or cancelled it there, where no worker would send
+    a signal."""
+    this, state = flow_run(), _state_on_server()
+    if this is None or state is None:
         return False
-    return state is not None and state.is_cancelling()
-
-
-def _watch_for_cancellation() -> Callable[[], bool] | None:
-    """Return what asks the server for a cancellation where no worker would tell us of it."""
-    this = flow_run()
-    return _is_cancelling if this is not None and this.deployment_id is None else None
+    return state.is_paused() or (state.is_cancelling() and this.deployment_id is None)
 
 
 class RunFailed(MarketSyncError):

@@ -146,9 +146,9 @@ def test_the_schedule_makes_runs_at_its_hour_in_its_zone(site):
 
 
 def test_runs_of_a_deployment_wait_for_one_another(site):
-    for name in ("daily", "manual"):
+    for name, limit in (("daily", 1), ("manual", 4)):
         deployment = site.deployment(name)
-        assert deployment.global_concurrency_limit.limit == 1
+        assert deployment.global_concurrency_limit.limit == limit
         assert str(deployment.concurrency_options.collision_strategy.value) == "ENQUEUE"
 
 
