@@ -92,6 +92,16 @@ class StoreBusy(StoreError):
     """Another process holds the store's owner lock; the message names the holder."""
 
 
+class QueryRefused(StoreError):
+    """The text is not a question that the store can be asked: no SELECT, not SQL, or of a table that there is not."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
+class StoreDamaged(StoreError):
+    """A store's files are not as they were written: missing, cut short or changed by something else."""
+
+
 class CapabilityError(StoreError):
     """The store cannot do this by its nature (see its `capabilities`); the message says what to do instead."""
 

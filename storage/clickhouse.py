@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -24,9 +25,9 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.errors import QueryRefused, SchemaError, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location, locks
+from storage import admission, classify, evolution, filters, lazyframes, location, locks, statements
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -85,7 +86,11 @@ _SETTINGS = {
     "max_query_size": 64 * 1024 * 1024,
     "output_format_arrow_string_as_string": 1,
 }
-_READS = ("SELECT", "WITH", "SHOW", "DESCRIBE", "DESC", "EXPLAIN", "(")
+# what is wrong with the text of a query, as the engine names it
+_NOT_THE_STORE = re.compile(
+    r"SYNTAX_ERROR|UNKNOWN_(?:TABLE|DATABASE|IDENTIFIER|FUNCTION)|READONLY|TYPE_MISMATCH|NOT_AN_AGGREGATE|"
+    r"ILLEGAL_TYPE_OF_ARGUMENT|NO_COMMON_TYPE|NUMBER_OF_ARGUMENTS_DOESNT_MATCH"
+)
 
 
 @dataclass
@@ -273,9 +278,13 @@ class ClickHouseStore:
         )
 
     def query(self, sql: str) -> pl.DataFrame:
-        if not sql.lstrip().upper().startswith(_READS):
-            raise StoreError(f"the query does not begin with one of {', '.join(_READS[:-1])}: {sql.strip()[:60]!r}")
-        return self._frame(sql.strip().rstrip(";"), final=1)
+        # 2: the engine itself allows reading only, and settings of the statement's own such as `final`
+        try:
+            return self._frame(statements.question(sql), final=1, readonly=2)
+        except StoreError as error:
+            if _NOT_THE_STORE.search(str(error.__cause__ or error)):
+                raise QueryRefused(f"{error}. Tables here: {', '.join(self.datasets()) or 'none'}") from error
+            raise
 
     def maintain(self, dataset: str) -> str:
         with self._engine().guard:

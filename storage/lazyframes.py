@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marketsync.errors import SchemaError, StoreError
+from marketsync.errors import QueryRefused, SchemaError, StoreDamaged
 from marketsync.schema import Schema
+from storage import statements
 
 if TYPE_CHECKING:
     import polars as pl
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 
 ARROW_ROWS = 65_536
 EVERY_SUBJECT = "*"
+_OF_A_FILE = ("parquet:", "csv:")  # how polars begins what it says of a file that it cannot read
 
 
 def query(sql: str, datasets: Sequence[str], scan: Callable[[str], pl.LazyFrame]) -> pl.DataFrame:
@@ -26,15 +32,44 @@ def query(sql: str, datasets: Sequence[str], scan: Callable[[str], pl.LazyFrame]
     import polars as pl
 
     # either quoting is possible, so a table counts as named when both halves of its name occur
+    sql = statements.question(sql)
     named = [dataset for dataset in datasets if all(half in sql for half in dataset.split("."))]
+    tables = {dataset: scan(dataset) for dataset in named}
     try:
-        with pl.SQLContext({dataset: scan(dataset) for dataset in named}) as context:
+        with pl.SQLContext(tables) as context:
             return context.execute(sql, eager=True)
     except pl.exceptions.PolarsError as error:
-        raise StoreError(
-            f"the query could not be run: {error}. Tables here: {', '.join(datasets) or 'none'}; "
+        if str(error).startswith(_OF_A_FILE):
+            raise
+        why = " ".join(str(error).split("Resolved plan until failure")[0].split())
+        raise QueryRefused(
+            f"the query could not be run: {why}. Tables here: {', '.join(datasets) or 'none'}; "
             'a name with - in it is written "provider.dataset" in double quotes'
         ) from error
+
+
+@contextmanager
+def reading(what: str, place: Path) -> Iterator[None]:
+    """Turn what polars, deltalake or the system say of files that cannot be read into a `StoreDamaged` that names the
+    table, its place, and what to do. Errors of ours pass."""
+    import polars as pl
+
+    deltalake = sys.modules.get("deltalake.exceptions")
+    foreign = (deltalake.DeltaError,) if deltalake is not None else ()
+    try:
+        yield
+    except (pl.exceptions.ComputeError, pl.exceptions.SchemaError, OSError, *foreign) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise damaged(what, place, " ".join(str(error).split())) from error
+
+
+def damaged(what: str, place: Path, why: str) -> StoreDamaged:
+    """Return the error for a table whose files are not as they were written."""
+    return StoreDamaged(
+        f"{what} in {place} cannot be read: {why}; put the files back from a backup, or remove {place}: the next sync "
+        "then fills the table again, from a sibling store or from the provider"
+    )
 
 
 def arrow(frame: pl.LazyFrame) -> Iterator[pa.RecordBatch]:

@@ -142,11 +142,14 @@ class ParquetStore:
         return self._now(dataset).scan(filter)
 
     def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
-        return lazyframes.arrow(self.scan(dataset, filter))
+        parts = self._now(dataset)
+        with parts.reading():
+            yield from lazyframes.arrow(parts.scan(filter))
 
     def watermarks(self, dataset: str) -> dict[str, datetime | date]:
         parts = self._now(dataset)
-        return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
+        with parts.reading():
+            return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         return self._now(dataset).count(filter)
@@ -171,7 +174,8 @@ class ParquetStore:
         )
 
     def query(self, sql: str) -> pl.DataFrame:
-        return lazyframes.query(sql, self.datasets(), self.scan)
+        with lazyframes.reading("a table that the query names", self._root):
+            return lazyframes.query(sql, self.datasets(), self.scan)
 
     def maintain(self, dataset: str) -> str:
         with self._locked(dataset):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import MAXYEAR, date, datetime, timedelta
 from itertools import pairwise
@@ -109,7 +110,7 @@ class Parts:
         # a row with a key of the frame counts as well where it is outside of the span: a key exists once
         split = classify.split(frame, self._with_keys(frame), self.schema, absent=absent, tag=_PART)
         key = list(self.schema.key)
-        gone = self._found(span).select(*key, _PART).collect().join(frame, on=key, how="anti")
+        gone = self._collected(self._found(span).select(*key, _PART)).join(frame, on=key, how="anti")
         written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
         if not (split.new.height or split.changed.height or gone.height):
             return None, written
@@ -118,7 +119,7 @@ class Parts:
 
     def delete(self, filter: Filter) -> tuple[Change | None, Written]:
         """Return what deletes the rows of the filter; None when there is none."""
-        gone = self._found(filter).select(*self.schema.key, _PART).collect()
+        gone = self._collected(self._found(filter).select(*self.schema.key, _PART))
         if gone.is_empty():
             return None, Written()
         none = self.read([]).collect()
@@ -161,7 +162,8 @@ class Parts:
             rows = [part.rows for part in self.parts]
             if None not in rows:
                 return sum(row for row in rows if row is not None)
-        return lazyframes.count(self._found(filter, tag=False))
+        with self.reading():
+            return lazyframes.count(self._found(filter, tag=False))
 
     def read(self, parts: Sequence[Part], *, tag: bool = False) -> pl.LazyFrame:
         """Return all rows of the parts as the files have them; `tag` adds a column with each row's file."""
@@ -170,7 +172,7 @@ class Parts:
         if not parts:
             return pl.LazyFrame(schema={**self.types, _PART: pl.String()} if tag else self.types)
         return pl.scan_parquet(
-            [self._path(part) for part in parts],
+            [self._there(part) for part in parts],
             schema=dict(self.types),
             missing_columns="insert",
             extra_columns="ignore",
@@ -181,6 +183,27 @@ class Parts:
 
     def _path(self, part: Part) -> Path:
         return self.folder / unquote(part.path)
+
+    def _there(self, part: Part) -> Path:
+        """Return the part's path; raises `StoreDamaged` when the file is gone or has not the size it was written with,
+        which whoever collects the rows would be told in words that help nobody."""
+        path = self._path(part)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise lazyframes.damaged(f"the table of {self.dataset}", self.folder, f"{path} is missing") from None
+        if size != part.size:
+            why = f"{path} has {size:,} bytes and was written with {part.size:,}"
+            raise lazyframes.damaged(f"the table of {self.dataset}", self.folder, why)
+        return path
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Return what turns the engine's words about a file that cannot be read into a `StoreDamaged`."""
+        return lazyframes.reading(f"the table of {self.dataset}", self.folder)
+
+    def _collected(self, rows: pl.LazyFrame) -> pl.DataFrame:
+        with self.reading():
+            return rows.collect()
 
     def _found(self, filter: Filter, *, tag: bool = True) -> pl.LazyFrame:
         rows = self.read(self._within(filter), tag=tag)
@@ -226,7 +249,7 @@ class Parts:
         rows = self.read(parts, tag=True)
         if conditions:
             rows = rows.filter(*conditions)
-        return rows.join(frame.lazy().select(schema.key), on=list(schema.key), how="semi").collect()
+        return self._collected(rows.join(frame.lazy().select(schema.key), on=list(schema.key), how="semi"))
 
     def _rewritten(self, new: pl.DataFrame, changed: pl.DataFrame, touched: set[str], gone: pl.DataFrame) -> Change:
         """Return the change that takes rows with a key in `gone` out of the `touched` files and puts the others in."""
@@ -242,7 +265,7 @@ class Parts:
             for period in dict.fromkeys((*put, *kept)):
                 frames = [put[period]] if period in put else []
                 for parts in _bounded(kept.get(period, [])):
-                    frames.append(self.read(parts).join(keys, on=key, how="anti").collect())
+                    frames.append(self._collected(self.read(parts).join(keys, on=key, how="anti")))
                     yield period, self._sorted(pl.concat(frames))
                     frames = []
                 if frames:
@@ -253,7 +276,7 @@ class Parts:
     def _merged(self, groups: list[list[Part]]) -> Change | None:
         if not groups:
             return None
-        rows = ((parts[0].period, self._sorted(self.read(parts).collect())) for parts in groups)
+        rows = ((parts[0].period, self._sorted(self._collected(self.read(parts)))) for parts in groups)
         return Change(rows, [part for parts in groups for part in parts], moves_rows=False)
 
     def _sorted(self, rows: pl.DataFrame) -> pl.DataFrame:
