@@ -85,7 +85,7 @@ def _figures(report: RunReport) -> Table:
     return table
 
 
-def _datasets(report: RunReport) -> Table:
+def _datasets(report: RunReport) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
     for name in ("  dataset", "store"):
         table.add_column(name, overflow="fold")
@@ -105,9 +105,15 @@ def _datasets(report: RunReport) -> Table:
             Text(complete, style="" if good else "yellow"),
             Text(fresh, style="red" if fresh == "late" else ""),
         )
-        if part.state:
-            table.add_row(Text("    " + words.one_line(part.state), style="red"))
-    return table
+    down = [
+        Padding(
+            Text(f"{words.clean(part.dataset)} in {words.clean(part.store)}: {words.one_line(part.state)}", "red"),
+            (0, 0, 0, 2),
+        )
+        for part in report.datasets
+        if part.state
+    ]
+    return Group(table, *down) if down else table
 
 
 def _told(remarks: Sequence[Remark]) -> list[str]:
