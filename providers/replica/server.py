@@ -229,7 +229,9 @@ class Replica:
             # As an exception, since setting the event in a signal handler could meet the lock that wait() holds.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            self._stopping.wait()
+            # In short waits: a signal that another thread took ends no endless one.
+            while not self._stopping.wait(0.5):
+                continue
         except KeyboardInterrupt:
             pass
         finally:
