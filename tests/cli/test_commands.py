@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
@@ -21,7 +21,9 @@ import polars as pl
 import pytest
 import requests
 
+from cli.main import main
 from providers.replica import Replica
+from tasks.workspace import close_workspaces
 
 ROOT = Path(__file__).parents[2]
 SYMBOLS = ["AAPL", "IBM"]
@@ -384,10 +386,32 @@ WRONG = [
 ]
 
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(params=["here", pytest.param("process", marks=pytest.mark.slow)])
+def run(request, monkeypatch, capsys) -> Run:
+    """Run a command of a project: `main` in this process by day, the real command in the slow tests."""
+
+    def here(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(project.folder)
+        monkeypatch.setattr("sys.argv", ["marketsync", *arguments])
+        monkeypatch.setattr("signal.signal", lambda *_: None)  # this process keeps its own
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+        close_workspaces()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        close_workspaces()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
+
+    return here if request.param == "here" else Project.run
+
+
 @pytest.mark.parametrize(("command", "named", "remedy"), WRONG, ids=[" ".join(wrong[0]) for wrong in WRONG])
-def test_a_wrong_input_ends_with_2_and_says_what_and_what_next(synced, command, named, remedy):
+def test_a_wrong_input_ends_with_2_and_says_what_and_what_next(synced, run, command, named, remedy):
     before = len(synced.replica.log)
-    ended = synced.run(*command)
+    ended = run(synced, *command)
     said = ended.stderr + ended.stdout
     assert ended.returncode == 2, said
     assert named in said
@@ -406,10 +430,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.parametrize("command", [["sync"], ["status", "--json"]], ids=["sync", "status"])
-def test_a_broken_file_is_told_with_its_line_whatever_the_command(fresh, what, command):
+def test_a_broken_file_is_told_with_its_line_whatever_the_command(fresh, run, what, command):
     text, place = BROKEN[what]
     (fresh.folder / "upstream.yml").write_text(text, encoding="utf-8")
-    ended = fresh.run(*command)
+    ended = run(fresh, *command)
     assert ended.returncode == 2
     assert place in ended.stderr
     if "--json" in command:

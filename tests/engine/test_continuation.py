@@ -52,7 +52,7 @@ def chain_of_thirty(place) -> Place:
     return made
 
 
-@pytest.mark.parametrize("fault", ["server_error", "connection_reset"])
+@pytest.mark.parametrize("fault", ["server_error", pytest.param("connection_reset", marks=pytest.mark.slow)])
 def test_a_chain_of_30_pages_that_fails_at_request_27_continues_with_request_27(place, fault):
     made = chain_of_thirty(place)
     made.replica.set_faults([{"fault": fault, "when": {"request": 27}}])
@@ -102,7 +102,7 @@ def check_rest(made: Place) -> None:
     assert made.spooled() == []
 
 
-@pytest.mark.parametrize("word", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("word", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_at_its_next_page_with_4_and_what_was_fetched_is_kept(place, word):
     made, process = running(place)
     process.send_signal(signal.Signals[word])
