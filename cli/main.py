@@ -99,6 +99,9 @@ def _of_the_machine(error: Exception) -> str | None:
     elif isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    elif (rows := sys.modules.get("polars.exceptions")) is not None and isinstance(error, rows.PolarsError):
+        why = " ".join(str(error).split("Resolved plan until failure")[0].split())
+        return f"rows could not be read: {why}; `marketsync status` says which table it is"
     else:
         return None
     if full:

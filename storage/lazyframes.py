@@ -10,7 +10,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marketsync.errors import QueryRefused, SchemaError, StoreDamaged
+from marketsync.errors import QueryRefused, SchemaError, StoreDamaged, StoreError
 from marketsync.schema import Schema
 from storage import statements
 
@@ -49,9 +49,9 @@ def query(sql: str, datasets: Sequence[str], scan: Callable[[str], pl.LazyFrame]
 
 
 @contextmanager
-def reading(what: str, place: Path) -> Iterator[None]:
+def reading(what: str, place: Path | str) -> Iterator[None]:
     """Turn what polars, deltalake or the system say of files that cannot be read into a `StoreDamaged` that names the
-    table, its place, and what to do. Errors of ours pass."""
+    table, its place, and what to do. Errors of ours pass. For whoever collects what a store's `scan` returned."""
     import polars as pl
 
     deltalake = sys.modules.get("deltalake.exceptions")
@@ -61,10 +61,13 @@ def reading(what: str, place: Path) -> Iterator[None]:
     except (pl.exceptions.ComputeError, pl.exceptions.SchemaError, OSError, *foreign) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise damaged(what, place, " ".join(str(error).split())) from error
+        why = "".join(one if one.isprintable() and one != "\ufffd" else "?" for one in " ".join(str(error).split()))
+        if isinstance(error, pl.exceptions.ComputeError) and not why.startswith(_OF_A_FILE):
+            raise StoreError(f"{what} in {place} could not be read: {why}") from error
+        raise damaged(what, place, why) from error
 
 
-def damaged(what: str, place: Path, why: str) -> StoreDamaged:
+def damaged(what: str, place: Path | str, why: str) -> StoreDamaged:
     """Return the error for a table whose files are not as they were written."""
     return StoreDamaged(
         f"{what} in {place} cannot be read: {why}; put the files back from a backup, or remove {place}: the next sync "

@@ -19,6 +19,7 @@ from marketsync.document import closest, dotted, read_document
 from marketsync.errors import ConfigurationError, Problem, SchemaError, StoreError
 from marketsync.ledger import Desired, WorkState
 from marketsync.planning import EVERYTHING, Unit, day_start, instant
+from storage.lazyframes import reading
 from storage.protocol import Filter
 from tasks.fetch import ask_of
 from tasks.workspace import Options, Scope, Workspace, expected_rows
@@ -616,7 +617,8 @@ def _rows(scope: Scope, store_id: str, subject: str, day: date | None) -> list[d
     if day is not None:
         since, until = bounds_for(scope.schema, Interval(day_start(day), day_start(day + timedelta(days=1))))
     chosen = (subject,) if scope.schema.subject is not None and subject != EVERYTHING else None
-    frame = store.scan(scope.dataset, Filter(chosen, since, until, system=True)).head(MOST_ROWS).collect()
+    with reading(f"the table of {scope.dataset}", "/".join((store.url.rstrip("/"), *scope.dataset.split(".")))):
+        frame = store.scan(scope.dataset, Filter(chosen, since, until, system=True)).head(MOST_ROWS).collect()
     return pl.DataFrame(frame).to_dicts()
 
 

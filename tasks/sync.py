@@ -33,6 +33,7 @@ from marketsync.report import (
     suggested,
     watermarks_of,
 )
+from storage.lazyframes import reading
 from storage.protocol import Store, Written
 from tasks.fetch import Fetched
 from tasks.runner import AIR_SECONDS, Pending, Runner, ThreadRunner
@@ -170,10 +171,7 @@ def judge(task: Task, full_below: int = FULL_BELOW) -> list[DatasetReport]:
 
     scope = task.scope()
     result = []
-    touched = [
-        Interval(row.start, row.end)
-        for row in scope.ledger.works(dataset=task.dataset, run_id=task.run_id, limit=1_000_000)
-    ]
+    touched = scope.ledger.touched(task.dataset, task.run_id)
     before = last_report(scope.workspace, task.plan)
     for target in scope.targets:
         left_open = [
@@ -196,7 +194,12 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
         scope = Scope(workspace, report.plan, dataset, report.run, workspace.clock.now())
         before = {part.store: part for part in report.datasets if part.dataset == dataset}
         for target in scope.targets:
-            part = _judged(scope, target.store_id, target.store, [], 1 << 62)
+            try:
+                part = _judged(scope, target.store_id, target.store, [], 1 << 62)
+            except StoreError as error:
+                part = DatasetReport(dataset=dataset, store=target.store_id, state=str(error))
+                parts.append(part)
+                continue
             known = before.get(target.store_id)
             parts.append(part if known is None else replace(part, rows=known.rows, state=known.state))
     return replace(report, datasets=tuple(parts), findings=())
@@ -218,22 +221,23 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
     coverage = scope.ledger.coverage([store_id], scope.dataset, scope.request_hash, subjects)[store_id]
     holes = scope.plan.judge.known_holes
     known = read_known_holes(scope.workspace.base / holes) if holes else KnownHoles()
-    judgement = ask(
-        scope.dataset,
-        scope.spec,
-        store,
-        subjects,
-        timing=scope.timing,
-        since=wanted[0].start.date(),
-        until=(wanted[-1].end - timedelta(microseconds=1)).date() + timedelta(days=1),
-        now=scope.clock.now(),
-        coverage=coverage,
-        refused=scope.refused(),
-        fresh_by=scope.plan.fresh_by if scope.plan.until is None else None,
-        allowed_missing=scope.plan.judge.missing,
-        spans=None if small else list(touched),
-        known=known,
-    )
+    with reading(f"the table of {scope.dataset}", "/".join((store.url.rstrip("/"), *scope.dataset.split(".")))):
+        judgement = ask(
+            scope.dataset,
+            scope.spec,
+            store,
+            subjects,
+            timing=scope.timing,
+            since=wanted[0].start.date(),
+            until=(wanted[-1].end - timedelta(microseconds=1)).date() + timedelta(days=1),
+            now=scope.clock.now(),
+            coverage=coverage,
+            refused=scope.refused(),
+            fresh_by=scope.plan.fresh_by if scope.plan.until is None else None,
+            allowed_missing=scope.plan.judge.missing,
+            spans=None if small else list(touched),
+            known=known,
+        )
     marks = store.watermarks(scope.dataset) if there and small else {}
     return replace(part, judgement=judgement, watermarks=watermarks_of(judgement, marks)[:SHOWN_WATERMARKS])
 
@@ -356,7 +360,9 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
     state = state_after(
         work,
         findings=findings,
-        stopped=bool(down) or any(halt.verdict is not Verdict.QUOTA for halt in halts),
+        stopped=bool(down)
+        or any(part.state for part in judged)
+        or any(halt.verdict is not Verdict.QUOTA for halt in halts),
         waits_for_quota=any(halt.verdict is Verdict.QUOTA for halt in halts),
         waits_for_publication=bool(counts.not_yet),
         paused=bool(stopped - {"cancelled"}),

@@ -334,6 +334,31 @@ def test_what_this_machine_says_is_not_put_into_the_providers_mouth(place):
         assert "it says" not in message
 
 
+# ---------------------------------------------------------------- a table whose file was overwritten
+
+
+def test_a_damaged_table_is_told_by_every_question_and_fails_the_run(place):
+    assert place.sync("bars") is RunState.COMPLETED
+    (part,) = (place.folder / "data").rglob("*.parquet")
+    part.write_bytes(b"x" * part.stat().st_size)
+    for command, code in (
+        (["query", "SELECT max(close) FROM acme.bars"], 1),
+        (["status", "bars"], 0),
+        (["explain", "acme.bars", "A", "2020-03-02"], 0),
+        (["sync", "bars"], 1),
+        (["report"], 0),
+        (["report", "--html", "report.html"], 0),
+    ):
+        done = place.run(*command)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert (done.returncode, "Traceback" in said) == (code, False), (command, said)
+        if "--html" in command:
+            said = (place.folder / "report.html").read_text()
+        assert "cannot be read: parquet: File out of specification" in said, command
+        assert "put the files back from a backup" in said, command
+    assert place.run("sync", "bars", "--refetch").returncode == 1
+
+
 # ---------------------------------------------------------------- edited schemas
 
 EDITS = {
