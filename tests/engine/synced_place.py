@@ -1,7 +1,7 @@
 """A place to run the real `marketsync` in: a replica, an upstream.yml that asks it, its stores, and what came of a run.
 
-Runs are processes of their own; what a store holds is read by yet another one, so that a test never shares a lock, a
-cache or a mistake with the run that it looks at.
+Runs are processes of their own (those of `sync_here` excepted), so that a test never shares a lock, a cache or a
+mistake with the run that it looks at.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ class Place:
 
     def bars(self, store: str = "default") -> pl.DataFrame:
         """Alpaca's daily bars in a store, in the form and order of `source`."""
-        rows = self.stored("alpaca.daily_bars", store)
+        # An embedded engine can be open once in a process, at one place; files need no process to be read.
+        read = self.stored if self.url(store).startswith("chdb:") else self.stored_here
+        rows = read("alpaca.daily_bars", store)
         return rows.select(*BARS).with_columns(pl.col("ts").dt.epoch("us")).sort("symbol", "ts")
 
     def source(self, symbols: Iterable[str] | None = None, first: date = date.min, last: date = date.max):

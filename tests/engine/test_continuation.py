@@ -12,6 +12,8 @@ import polars as pl
 import pytest
 from synced_place import PATIENCE_SECONDS, Place, alpaca_by_month, asked_again, ended, environment, eventually
 
+from tasks.workspace import Options
+
 SYMBOLS = ["AAPL", "GOOG", "IBM", "MSFT"]
 FIRST, LAST = date(2000, 3, 1), date(2013, 3, 1)
 PLAN = {"datasets": ["alpaca.daily_bars"], "universe": SYMBOLS, "since": str(FIRST), "until": str(LAST)}
@@ -32,7 +34,7 @@ def test_three_symbols_that_end_on_different_days_are_each_continued_from_their_
     made.write({**PLAN, "universe": ["AAPL", "IBM", "MSFT"]})
     ends = {"AAPL": date(2003, 5, 14), "IBM": date(2009, 12, 31), "MSFT": date(2011, 7, 8)}
     for symbol, end in ends.items():
-        assert made.sync("--only", symbol, "--until", str(end)).code == 0
+        assert made.sync_here(Options(only=(symbol,), until=end)).code == 0
     before = made.requests
     done = made.sync()
     assert done.code == 0, done.words
@@ -163,7 +165,7 @@ def test_a_cancelled_run_stops_at_its_next_page_and_the_next_one_asks_for_the_re
 def test_a_store_that_is_added_is_filled_from_its_sibling_without_a_request(place):
     made = place()
     made.write(PLAN)
-    assert made.sync().code == 0
+    assert made.sync_here().code == 0
     before = made.requests
     made.write({**PLAN, "stores": ["default", "second"]}, stores={**made.stores, "second": "parquet://./second"})
     done = made.sync()
