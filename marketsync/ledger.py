@@ -546,6 +546,14 @@ class Ledger:
             connection.execute(_hold.insert().values(name=name, owner=owner, until=now + timedelta(seconds=seconds)))
         return True
 
+    def keep_hold(self, name: str, owner: str, seconds: float = LEASE_SECONDS) -> bool:
+        """Renew a hold that the owner has had ever since it took it; False when it ran out and another took it since
+        (who may have given it back)."""
+        until = self._clock.now() + timedelta(seconds=seconds)
+        with self._write() as connection:
+            mine = (_hold.c.name == name) & (_hold.c.owner == owner)
+            return connection.execute(_hold.update().where(mine).values(until=until)).rowcount == 1
+
     def let_go(self, name: str, owner: str) -> None:
         """Give a hold back."""
         with self._write() as connection:
@@ -1159,25 +1167,29 @@ class Ledger:
         with self._read() as connection:
             return [_segment_of(row) for row in connection.execute(query)]
 
-    def on_the_way(self, store_ids: Sequence[str], dataset: str) -> bool:
-        """Return whether a living worker still delivers rows of the dataset to one of the stores."""
+    def on_the_way(self, store_ids: Sequence[str], dataset: str) -> dict[str, list[Interval]]:
+        """Return subject -> what living workers have sealed of it and still deliver to one of the stores."""
         with self._read() as connection:
-            lanes = connection.scalars(
-                sa.select(_segment.c.lane)
-                .join(_delivery, _delivery.c.segment_id == _segment.c.segment_id)
+            rows = connection.execute(
+                sa.select(_work.c.subjects, _work.c.start, _work.c.end, _hold.c.owner)
+                .join(_part, _part.c.work_id == _work.c.work_id)
+                .join(_segment, _segment.c.segment_id == _part.c.segment_id)
+                .join(_delivery, _delivery.c.segment_id == _part.c.segment_id)
+                .join(_hold, _hold.c.name == sa.literal("lane:") + _segment.c.lane)
                 .where(
                     _delivery.c.store_id.in_(list(store_ids)),
                     _delivery.c.state == "owed",
                     _segment.c.dataset == dataset,
+                    _hold.c.until > self._clock.now(),
                 )
                 .distinct()
             ).all()
-            now = self._clock.now()
-            for part in _chunks([f"lane:{lane}" for lane in lanes]):
-                holds = connection.execute(sa.select(_hold).where(_hold.c.name.in_(part), _hold.c.until > now))
-                if any(not owner_is_dead(row.owner) for row in holds):
-                    return True
-        return False
+        result: dict[str, list[Interval]] = defaultdict(list)
+        for row in rows:
+            if not owner_is_dead(row.owner):
+                for subject in row.subjects.split("\n"):
+                    result[subject].append(Interval(row.start, row.end))
+        return result
 
     def delivered(
         self, store_id: str, segments: Sequence[Segment], inserted: int, updated: int, unchanged: int
@@ -1191,10 +1203,11 @@ class Ledger:
                 connection.execute(
                     _delivery.update()
                     .where(_delivery.c.segment_id.in_(part), _delivery.c.store_id == store_id)
-                    .values(state="done", at=now, error=None)
+                    .values(state="done", at=now, error=None, inserted=0, updated=0, unchanged=0)
                 )
                 if index == 0:
-                    # The counts of a joint delivery stand with its first segment.
+                    # The counts of a joint delivery stand with its first segment, and replace what was said of the
+                    # others: a worker that was taken over while it slept acknowledges them again.
                     connection.execute(
                         _delivery.update()
                         .where(_delivery.c.segment_id == ids[0], _delivery.c.store_id == store_id)

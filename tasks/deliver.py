@@ -32,6 +32,7 @@ CACHE_BYTES = 24 << 20  # sealed frames kept in memory for the delivery; beyond 
 ATTEMPTS = 4
 COPYING = "copying"  # stands for the work where rows come from a sibling
 LINGER_SECONDS = 20.0  # a small batch is delivered when it has waited this long
+HOLD_SECONDS = 600.0  # nobody else takes a lane while a batch of it is delivered; a killed process is seen at once
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Deliverer:
         target: Target,
         schema: Schema,
         *,
+        owner: str,
         clock: Clock,
         tally: Tally,
         batch_rows: int,
@@ -113,7 +115,7 @@ class Deliverer:
     ):
         self._ledger, self._spool, self._target, self._schema = ledger, spool, target, schema
         self._clock, self._tally, self._batch_rows = clock, tally, batch_rows
-        self._threaded = threaded
+        self._owner, self._threaded = owner, threaded
         self._waiting: list[tuple[Segment, pl.DataFrame | None]] = []
         self._rows = 0
         self._since = 0.0
@@ -203,6 +205,7 @@ class Deliverer:
     def _deliver(self, segments: list[Segment], frames: list[pl.DataFrame | None]) -> bool:
         for attempt in range(1, ATTEMPTS + 1):
             try:
+                taken = self._was_taken(segments[0].lane)
                 written = deliver_segments(
                     self._ledger,
                     self._spool,
@@ -211,7 +214,7 @@ class Deliverer:
                     segments,
                     frames,
                     self._clock,
-                    again=attempt > 1,
+                    again=taken or attempt > 1,
                 )
             except StoreError as error:
                 if attempt < ATTEMPTS:
@@ -226,6 +229,20 @@ class Deliverer:
             self._tally.wrote(self._target.store_id, written)
             return True
         return False
+
+    def _was_taken(self, lane: str) -> bool:
+        """Make sure that nobody else delivers the lane; return whether another may have delivered some of it, because
+        this process slept for longer than its hold."""
+        hold = f"lane:{lane}"
+        if self._ledger.keep_hold(hold, self._owner):
+            return False
+        log.warning("lane %s was taken over while this process slept; going on after what was delivered", lane)
+        until = self._clock.timestamp() + HOLD_SECONDS
+        while not self._ledger.hold(hold, self._owner):
+            if self._clock.timestamp() > until:
+                raise StoreError(f"another process delivers lane {lane} to store {self._target.store_id}")
+            self._clock.sleep(1.0)
+        return True
 
     def _fail(self, dataset: str, message: str) -> None:
         with self._changed:
@@ -269,7 +286,7 @@ def deliver_owed(
     delivered = 0
     for lane in lanes:
         hold = f"lane:{lane}"
-        if not ledger.hold(hold, owner):
+        if not ledger.hold(hold, owner, HOLD_SECONDS):
             continue
         try:
             # Read again under the hold: its former owner may have delivered meanwhile.
@@ -282,6 +299,8 @@ def deliver_owed(
                 segments = [segment for segment in segments if segment.segment_id not in lost]
             pairs: list[tuple[Segment, None]] = [(segment, None) for segment in segments]
             for batch in _batches(pairs, batch_rows):
+                if not ledger.keep_hold(hold, owner, HOLD_SECONDS):
+                    break  # taken over while this process slept: whoever did delivers the rest
                 chosen = [segment for segment, _ in batch]
                 frames = [None] * len(chosen)
                 written = deliver_segments(ledger, spool, target, schema, chosen, frames, clock, again=True)
@@ -320,6 +339,8 @@ def fill_from_siblings(
         return 0
     known = ledger.coverage([t.store_id for t in targets], dataset, request_hash, subjects)
     mine = known[target.store_id]
+    # Asked for after what the siblings have: whatever of it another worker is still writing here is then seen.
+    coming = ledger.on_the_way([target.store_id], dataset)
     copied = 0
     lane = f"copy-{uuid.uuid4().hex[:12]}"
     seq = 0
@@ -336,7 +357,7 @@ def fill_from_siblings(
                 for piece in mine.get(subject, ())
                 if piece.answer in (Answer.ROWS, Answer.EMPTY)
             ]
-            missing = minus(theirs, here)
+            missing = minus(theirs, [*here, *coming.get(subject, ())])
             if missing:
                 wanted[tuple(missing)].append(subject)
         for intervals, group in wanted.items():

@@ -213,6 +213,7 @@ class Fetcher:
                         scope.spool,
                         target,
                         scope.schema,
+                        owner=self._watch.owner,
                         clock=self._clock,
                         tally=self._tally,
                         batch_rows=scope.plan.segment.rows,

@@ -102,7 +102,8 @@ class Watch:
         if now - self._renewed > LEASE_SECONDS / 3:
             self._ledger.renew(self._owner)
             for name in list(self._holds):
-                self._ledger.hold(name, self._owner)
+                # Never taken anew: whoever uses it must learn that another had it meanwhile.
+                self._ledger.keep_hold(name, self._owner)
             self._renewed = now
         if self.stop is None:
             # A run only begins when it may run: what else is desired was said since, if only while it prepared.
