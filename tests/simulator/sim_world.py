@@ -31,7 +31,7 @@ from marketsync.coverage import Answer
 from marketsync.definition import Verdict
 from marketsync.errors import Interrupted, StoreError, WaitingForQuota
 from marketsync.gate import Batch as Page
-from marketsync.ledger import Ledger
+from marketsync.ledger import LEASE_SECONDS, Ledger, stamp
 from marketsync.planning import day_start
 from marketsync.report import RunReport
 from marketsync.schema import Schema
@@ -399,7 +399,7 @@ class FakeStore:
         self._reached()
         if dataset not in self._disk.tables:
             self._crossings.cross(f"{self.name}: create a table")
-            self._disk.tables[dataset] = Table(self._disk.new_marker(), schema)
+            self._disk.tables.setdefault(dataset, Table(self._disk.new_marker(), schema))
             self._crossings.cross(f"{self.name}: created a table")
         return self._disk.tables[dataset].marker
 
@@ -488,9 +488,9 @@ class FakeStore:
 # ---------------------------------------------------------------- ledger and spool with boundaries
 
 _WRITES = {
-    "open_run", "close_run", "set_control", "hold", "let_go", "bind_store", "distrust", "bind_dataset", "lay", "claim",
-    "renew", "give_back", "split", "seal", "delivered", "removed", "abandon_deliveries", "retry", "cancel_work",
-    "forget",
+    "abandon_deliveries", "bind_dataset", "bind_store", "cancel_work", "claim", "close_run", "delivered",
+    "distrust", "forget", "give_back", "hold", "keep_hold", "lay", "let_go", "open_run", "removed", "renew",
+    "retry", "seal", "set_control", "split",
 }  # fmt: skip
 
 
@@ -527,7 +527,7 @@ class BoundedSpool(Spool):
         half = folder / f"{seq:08d}.part"
         half.write_bytes(b"half a segment")
         self._crossings.cross("spool: half written")
-        half.unlink()
+        half.unlink(missing_ok=True)  # swept away, when its writer slept too long
         result = super().write(lane, seq, frame)
         self._crossings.cross("spool: written")
         return result
@@ -584,7 +584,7 @@ class World:
     ):
         self.settings = settings
         self.kind = KINDS[settings.kind]
-        self.clock = ManualClock(now)
+        self.clock = BeatingClock(now, self._beat, self._next_turn)
         self.source = source or Source(self.kind, settings.symbols, settings.since)
         self.provider = Provider(self.source, settings.page)
         self.disks: dict[str, Disk] = {}
@@ -695,7 +695,7 @@ class World:
 
         At every boundary the next of `order` says which process goes on and how many seconds passed before it does: a
         process that is not chosen for long is alive and asleep, and its leases run out. When `order` is at its end,
-        each is let run to its own. `crash_at` and `faults` are by the number of the process and of the request.
+        they take turns. `crash_at` and `faults` are by the number of the process and of the request.
         """
         self.clock.advance(1.0)
         before = len(self.provider.log)
@@ -712,6 +712,7 @@ class World:
 
         def live(number: int, process: Process) -> None:
             self.current.process = process.number
+            self.current.turn = process.crossings.turn
             baton.wait(number)
             try:
                 reports[number] = process.run(options, seconds)
@@ -735,6 +736,23 @@ class World:
         if failures:
             raise failures[0]
         return reports
+
+    def _beat(self, before: datetime) -> None:
+        """Let the hearts of the other processes beat while one sleeps (its own threads would, outside of here)."""
+        if len(self.living) < 2:
+            return
+        until, before_text = stamp(self.clock.now() + timedelta(seconds=LEASE_SECONDS)), stamp(before)
+        with self.ledger()._write() as connection:
+            for table, column in (("work", "lease_until"), ("hold", "until")):
+                connection.execute(
+                    sa.text(f"UPDATE {table} SET {column} = :until WHERE {column} > :before AND {column} < :until"),
+                    {"until": until, "before": before_text},
+                )
+
+    def _next_turn(self) -> None:
+        turn = getattr(self.current, "turn", None)
+        if turn is not None:
+            turn()
 
     def ledger(self) -> Ledger:
         """A look into the ledger from outside."""
@@ -877,6 +895,21 @@ class World:
         return again
 
 
+class BeatingClock(ManualClock):
+    """A clock that tells when somebody slept, and since when; then it may be another's turn."""
+
+    def __init__(self, start: datetime, slept: Callable[[datetime], None], turn: Callable[[], None]):
+        super().__init__(start)
+        self._slept, self._turn = slept, turn
+
+    def sleep(self, seconds: float, wake: threading.Event | None = None) -> bool:
+        before = self.now()
+        woken = super().sleep(seconds, wake)
+        self._slept(before)
+        self._turn()
+        return woken
+
+
 class Baton:
     """Lets one of several threads run at a time: `order` says which goes on at a boundary, after how many seconds."""
 
@@ -911,7 +944,8 @@ class Baton:
             self._clock.advance(seconds)
         alive = sorted(self._gates)
         if chosen is None:
-            return current if current in self._gates else alive[0]
+            # In turn: one that waits for another's work must not wait until its lease runs out.
+            return next((number for number in alive if number > current), alive[0])
         return alive[chosen % len(alive)]
 
 
