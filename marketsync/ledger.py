@@ -779,7 +779,7 @@ class Ledger:
             span = Interval(min(unit.start for unit in candidates), max(unit.end for unit in candidates))
             subjects = list(dict.fromkeys(subject for unit in candidates for subject in unit.subjects))
             by_store = self._coverage_in(connection, store_ids, dataset, request_hash, subjects)
-            together = self._spooled_in(connection, dataset, request_hash, span)
+            together = self._spooled_in(connection, dataset, request_hash, span, subjects)
             for of_subject in by_store.values():
                 for subject, pieces in of_subject.items():
                     together[subject].extend(pieces)
@@ -922,7 +922,12 @@ class Ledger:
         return result
 
     def _spooled_in(
-        self, connection: sa.Connection, dataset: str, request_hash: str, span: Interval | None
+        self,
+        connection: sa.Connection,
+        dataset: str,
+        request_hash: str,
+        span: Interval | None = None,
+        subjects: list[str] | None = None,
     ) -> dict[str, list[Covered]]:
         query = sa.select(_work).where(
             _work.c.dataset == dataset,
@@ -931,16 +936,22 @@ class Ledger:
         )
         if span is not None:
             query = query.where(_work.c.start < span.end, _work.c.end > span.start)
+        queries = [query]
+        if subjects is not None:
+            # Each unit names its subjects in one text: those of one subject are found by it, the others one by one.
+            several = _work.c.subjects.contains("\n")
+            queries = [query.where(_work.c.subjects.in_(part)) for part in _chunks(subjects)] + [query.where(several)]
         result: dict[str, list[Covered]] = defaultdict(list)
-        for row in connection.execute(query):
-            for subject, pieces in _answers_of(row).items():
-                result[subject].extend(pieces)
+        for chosen in queries:
+            for row in connection.execute(chosen):
+                for subject, pieces in _answers_of(row).items():
+                    result[subject].extend(pieces)
         return result
 
     def spooled(self, dataset: str, request_hash: str) -> dict[str, list[Covered]]:
         """Return subject -> what was answered, is in the spool as a whole and not yet in every store."""
         with self._read() as connection:
-            return self._spooled_in(connection, dataset, request_hash, None)
+            return self._spooled_in(connection, dataset, request_hash)
 
     def unfinished(self, dataset: str, request_hash: str) -> list[Unit]:
         """Return the units that were left in the middle of their pages and that nobody works on, the newest first."""
@@ -1413,6 +1424,12 @@ class Ledger:
         with self._read() as connection:
             rows = connection.execute(query).all()
         return [row for row in rows if subject is None or subject in row.subjects.split("\n")]
+
+    def touched(self, dataset: str, run_id: str) -> list[Interval]:
+        """Return the spans of the units that a run had in hand, each once."""
+        query = sa.select(_work.c.start, _work.c.end).where(_work.c.dataset == dataset, _work.c.run_id == run_id)
+        with self._read() as connection:
+            return [Interval(row.start, row.end) for row in connection.execute(query.distinct())]
 
     def work_counts(self, run_id: str) -> dict[str, int]:
         """Return how many units of a run are in each state."""

@@ -81,7 +81,7 @@ class UnitSource:
         self._ready: deque[Work] = deque()
         self._asked: deque[Unit] = deque()
         self._chunk = max(2, threads)
-        self._largest = max(8, threads * 8)
+        self._largest = max(8, threads * 32)
         self._planned: Iterator[Unit] = iter(())
         self._whole: set[str] = set()  # work ids of units that were split once and now cannot be
         self.elsewhere = 0
@@ -124,6 +124,8 @@ class UnitSource:
 
     def ended(self, work: Work) -> None:
         """Note that a unit's chain is at its end, or was left."""
+        if not self._newest_first:
+            return
         with self._lock:
             self._newest.discard(work.work_id)
             self._ended.notify_all()
