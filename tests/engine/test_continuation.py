@@ -43,35 +43,37 @@ def test_three_symbols_that_end_on_different_days_are_each_continued_from_their_
     assert sum(entry["rows"] for entry in made.log) == made.bars().height, "no row is paid for twice"
 
 
-def chain_of_thirty(place) -> Place:
-    """One symbol and one window of 300 rows in pages of 10; a segment for each second page."""
+def chain_of_thirty(place) -> tuple[Place, date]:
+    """One symbol and one window of 300 rows in pages of 10, and its last day; a segment for each second page."""
     made = place()
-    last = made.source(["IBM"])["ts"][299]
-    until = pl.Series([last]).cast(pl.Datetime("us", "UTC")).dt.date()[0]
-    plan = {**PLAN, "universe": ["IBM"], "until": str(until), "segment": {"requests": 2}}
+    last = pl.Series([made.source(["IBM"])["ts"][299]]).cast(pl.Datetime("us", "UTC")).dt.date()[0]
+    plan = {**PLAN, "universe": ["IBM"], "until": str(last), "segment": {"requests": 2}}
     definition = alpaca_by_month(10).replace("window: 1 month", "window: 5 years")
     made.write(plan, definition=definition, upstream={"tuning": {"attempts": 1}})
-    return made
+    return made, last
 
 
 @pytest.mark.parametrize("fault", ["server_error", pytest.param("connection_reset", marks=pytest.mark.slow)])
-def test_a_chain_of_30_pages_that_fails_at_request_27_continues_with_request_27(place, fault):
-    made = chain_of_thirty(place)
+@pytest.mark.parametrize("more_days", [0, 14])
+def test_a_chain_of_30_pages_that_fails_at_request_27_continues_with_request_27(place, fault, more_days):
+    """Although meanwhile days may have been added to what is wanted."""
+    made, last = chain_of_thirty(place)
     made.replica.set_faults([{"fault": fault, "when": {"request": 27}}])
     failed = made.sync()
     assert (failed.code, failed.state, failed.report["work"]["failed"]) == (1, "failed", 1)
     assert made.requests == 27
-    done = made.sync()
-    assert (done.code, done.sent) == (0, 4), done.words
+    later = last + timedelta(days=more_days)
+    done = made.sync("--until", str(later))
+    assert (done.code, done.sent) == (0, 4 + (more_days > 0)), done.words
     asked = [entry["request"]["params"].get("page_token") for entry in made.log]
-    assert asked[27] == asked[26] is not None
-    assert asked_again(made.log) == [(27, 26)]
-    assert len(set(asked)) == 30
-    assert made.bars().equals(made.source(["IBM"]).head(300))
+    assert asked[26] is not None
+    assert made.log[26]["request"] in [entry["request"] for entry in made.log[27:]]
+    assert len(asked_again(made.log)) == 1, "nothing else is asked twice"
+    assert made.bars().equals(made.source(["IBM"], last=later))
 
 
 def test_a_chain_that_is_killed_at_request_27_continues_within_its_last_two_pages(place):
-    made = chain_of_thirty(place)
+    made, last = chain_of_thirty(place)
     made.replica.set_faults([{"fault": "timeout", "when": {"request": 27}}])
     process = made.start()
     made.wait_for_requests(27)
@@ -80,7 +82,7 @@ def test_a_chain_that_is_killed_at_request_27_continues_within_its_last_two_page
     done = made.sync()
     assert done.code == 0, done.words
     assert 4 <= done.sent <= 4 + 2
-    assert made.bars().equals(made.source(["IBM"]).head(300))
+    assert made.bars().equals(made.source(["IBM"], last=last))
 
 
 # ---------------------------------------------------------------- stopped by hand
