@@ -515,10 +515,13 @@ def _explain_in(
             lines.append(f"{store_id} cannot be read now: {error}")
             continue
         found[store_id] = rows
-        about = subject if day is None else f"{subject} on {day}"
         if rows:
-            lines.append(f"{store_id} has {_many(rows)} of {about}; the first came with segment {rows[0]['_segment']}.")
+            on = "" if day is None else f" on {day}"
+            lines.append(
+                f"{store_id} has {_many(rows)} of {subject}{on}; the first came with segment {rows[0]['_segment']}."
+            )
         else:
+            about = subject if day is None else f"{subject} for {day}"
             why = reason or _why_none(scope, store_id, about, asked_as, pieces, works)
             lines.append(f"{store_id} has none: {why}.")
 
