@@ -90,14 +90,19 @@ def report(
     from tasks.workspace import open_workspace
 
     workspace = open_workspace(config)
-    found = kept(workspace, run)
+    # a run's id is no path
+    found = None if run is not None and Path(run).name != run else kept(workspace, run)
     if found is None:
         wanted = f"run {run}" if run else "any run"
         raise ConfigurationError(f"there is no report of {wanted} in {workspace.state}; `marketsync sync` makes one")
     if html is not None:
         from marketsync.rendering.html import html as page
 
-        html.write_text(page(full(workspace, found)), encoding="utf-8")
+        text = page(full(workspace, found))
+        try:
+            html.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"the report cannot be written to {html}: {error.strerror}") from None
         say(f"written: {html}")
     if as_json:
         put(found.to_json())
@@ -124,13 +129,15 @@ def explain(
     """Say why a row is or is not here: calendar, request, answer, segment, delivery, coverage."""
     from dataclasses import asdict
 
+    from marketsync.durations import within_reach
     from tasks.inquiry import explain as ask
     from tasks.workspace import open_workspace
 
     try:
-        session = date.fromisoformat(day) if day else None
-    except ValueError:
-        raise ConfigurationError(f"{day}: not a day; write 2024-01-31") from None
+        session = within_reach(date.fromisoformat(day)) if day else None
+    except ValueError as error:
+        why = str(error) if "reach" in str(error) else f"'{day}' is not a day; write 2024-01-31"
+        raise ConfigurationError(why) from None
     found = ask(open_workspace(config), dataset, symbol, session)
     if as_json:
         put_json(asdict(found))

@@ -20,12 +20,12 @@ def register(app: typer.Typer) -> None:
 
 
 def _when(text: str | None, option: str) -> date | datetime | None:
-    if text is None:
-        return None
+    from marketsync.durations import parse_when
+
     try:
-        return date.fromisoformat(text) if len(text) <= 10 else datetime.fromisoformat(text)
-    except ValueError:
-        raise ConfigurationError(f"{option} {text}: not a date; write 2024-01-31 or 2024-01-31T12:00:00Z") from None
+        return None if text is None else parse_when(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{option}: {error}") from None
 
 
 def sync(
@@ -62,6 +62,7 @@ def sync(
     options = Options(_when(since, "--since"), _when(until, "--until"), tuple(only or ()), retry_failed, refetch)
     path = str(config.resolve())
     workspace = open_workspace(path)
+    plans = list(dict.fromkeys(plans or ()))  # a plan that is named twice is one plan
     names = plans or list(workspace.loaded.configuration.plans)
     if not names:
         raise ConfigurationError(f"{config} has no plan yet, so there is nothing to sync; add one: marketsync plan add")
@@ -71,10 +72,10 @@ def sync(
         from cli.prefect import sync_with_prefect
 
         say("sync: as a Prefect flow" + ("" if prefect else " (PREFECT_API_URL is set; --local for threads)"))
-        reports = sync_with_prefect(path, plans or [], options)
+        reports = sync_with_prefect(path, plans, options)
     else:
         with Progress(path, quiet=as_json) as progress:
-            reports = run(path, plans or [], options, wait=wait, told=say, begun=progress.begun)
+            reports = run(path, plans, options, wait=wait, told=say, begun=progress.begun)
     if as_json:
         put(reports_as_json(reports))
     else:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).resolve().parent.parent / "providers" / "definitions"
 DEFAULT_FILE = "upstream.yml"
+_LONGEST_WINDOW_SECONDS = 501 * 366 * 86_400
 SECRET = re.compile(r"\$secret\.([A-Za-z_][A-Za-z0-9_]*)")
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -469,6 +470,10 @@ class _Definition:
 
     def _over(self, name: str, dataset: Dataset) -> None:
         subjects = dataset.over.subjects
+        window = dataset.over.window
+        if window is not None and parse_span(window.every).approximate_seconds > _LONGEST_WINDOW_SECONDS:
+            place = ("datasets", name, "over", "window")
+            self._say(place, f"a window of {window.every} is longer than any market", "at most 500 years")
         if subjects and dataset.subject_column is None:
             first = next(iter(subjects))
             self._say(

@@ -154,6 +154,27 @@ def parse_publication(text: str) -> Publication:
 
 
 _EPOCH_YEAR = 1970
+# Where market data can be: what every store keeps, and arithmetic with windows does not leave the calendar.
+FIRST_DAY, LAST_DAY = date(1700, 1, 1), date(2261, 12, 31)
+
+
+def within_reach(value: date | datetime | None) -> date | datetime | None:
+    """Return the value when its day can hold market data; raises ValueError with the days that can."""
+    if value is not None and not FIRST_DAY.year <= value.year <= LAST_DAY.year:
+        raise ValueError(
+            f"{value} is out of reach; choose a day from {FIRST_DAY} to {LAST_DAY} (leave it out for none)"
+        )
+    return value
+
+
+def parse_when(text: str) -> date | datetime:
+    """Read a day (2024-01-31) or an instant (2024-01-31T12:00:00Z); raises ValueError with what would be right."""
+    try:
+        value = date.fromisoformat(text) if len(text) <= len("2024-01-31") else datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"'{text}' is no date; write 2024-01-31 or 2024-01-31T12:00:00Z") from None
+    within_reach(value)
+    return value
 
 
 def window_floor(instant: datetime, every: Span) -> datetime:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from marketsync.definition import Limit, Model, SpanText, ZoneText
-from marketsync.durations import parse_daily_time
+from marketsync.durations import parse_daily_time, within_reach
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -46,6 +46,9 @@ def _cron_text(text: str) -> str:
             if not found or any(not least <= number <= most for number in numbers):
                 raise ValueError(f"'{field}' is not a {what} of a cron expression; write {least} to {most}, *, or */5")
     return text
+
+
+Day = Annotated[date | datetime, AfterValidator(within_reach)]
 
 
 def _one_or_more(value: Any) -> Any:
@@ -189,10 +192,8 @@ class Plan(Model):
     universe: str | Symbols | None = Field(
         default=None, description="What $plan stands for in `over`: the name of a universe, or a list."
     )
-    since: date | datetime | None = Field(default=None, description="The first day wanted.")
-    until: date | datetime | None = Field(
-        default=None, description="The last day wanted, included. Default: until now."
-    )
+    since: Day | None = Field(default=None, description="The first day wanted.")
+    until: Day | None = Field(default=None, description="The last day wanted, included. Default: until now.")
     stores: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more)] = Field(
         default=("default",), min_length=1, description="The stores that get every row."
     )

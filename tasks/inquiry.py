@@ -446,6 +446,8 @@ def explain(workspace: Workspace, dataset: str, subject: str, day: date | None =
     Raises ConfigurationError for a dataset that there is not or that no plan syncs, and for a missing day.
     """
     spec = workspace.loaded.dataset(dataset)
+    if not subject.strip():
+        raise ConfigurationError(f"name a symbol of {dataset}, or {EVERYTHING} for all of its rows")
     plans = [name for name, plan in workspace.loaded.configuration.plans.items() if dataset in plan.datasets]
     if not plans:
         raise ConfigurationError(f"no plan of {workspace.path} syncs {dataset}; see `marketsync plan list`")

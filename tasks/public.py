@@ -13,6 +13,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marketsync.durations import parse_when, within_reach
 from marketsync.errors import ConfigurationError
 from marketsync.report import RunReport
 from tasks import inquiry
@@ -170,22 +171,25 @@ def _options(
     refetch: bool = False,
 ) -> Options:
     names = (only,) if isinstance(only, str) else tuple(only)
-    return Options(_when("since", since), _when("until", until), names, retry_failed, refetch)
+    return Options(
+        None if since is None else _when("since", since),
+        None if until is None else _when("until", until),
+        names,
+        retry_failed,
+        refetch,
+    )
 
 
 def _day(value: date | str) -> date:
-    if isinstance(value, str):
-        try:
-            return date.fromisoformat(value)
-        except ValueError:
-            raise ConfigurationError(f"day {value!r}: not a day; write 2024-01-31") from None
-    return value.date() if isinstance(value, datetime) else value
+    found = _when("day", value)
+    return found.date() if isinstance(found, datetime) else found
 
 
-def _when(name: str, value: Day | None) -> date | datetime | None:
-    if not isinstance(value, str):
-        return value
+def _when(name: str, value: Day) -> date | datetime:
     try:
-        return date.fromisoformat(value) if len(value) <= len("2001-03-05") else datetime.fromisoformat(value)
-    except ValueError:
-        raise ConfigurationError(f"{name} {value!r}: not a date; write 2024-01-31 or 2024-01-31T12:00:00Z") from None
+        if isinstance(value, str):
+            return parse_when(value)
+        within_reach(value)
+        return value
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: {error}") from None

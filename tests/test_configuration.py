@@ -633,3 +633,17 @@ def test_a_last_key_that_is_no_column_is_told_with_the_columns(write):
     (problem,) = check_file(write(text))
     assert "page.after names 'stamp', which is not a column" in problem.message
     assert problem.remedy == "columns: symbol, date, close"
+
+
+@pytest.mark.parametrize(("old", "day"), [("since: 2000-01-01", "0001-01-01"), ("since: 2000-01-01", "9999-12-31")])
+def test_a_day_that_no_market_has_is_refused(write, old, day):
+    (problem,) = check_file(write(changed(UPSTREAM, old, f"since: {day}")))
+    assert problem.field == "plans.nightly.since"
+    assert f"{day} is out of reach" in problem.message
+    assert "from 1700-01-01 to 2261-12-31" in problem.message + problem.remedy
+
+
+def test_a_window_of_ages_is_refused(write):
+    (problem,) = check_file(write(changed(DEFINITION, "window: 1 year", "window: 9000 years")))
+    assert problem.field == "datasets.bars.over.window"
+    assert "500 years" in problem.remedy

@@ -174,9 +174,9 @@ def test_a_wrong_name_or_day_is_refused_in_words(market):
     _, config = market
     with pytest.raises(ConfigurationError, match="there is no plan 'bar'; did you mean bars"):
         sync("bar", config)
-    with pytest.raises(ConfigurationError, match="since '1 May': not a date; write 2024-01-31"):
+    with pytest.raises(ConfigurationError, match="since: '1 May' is no date; write 2024-01-31"):
         estimate("bars", config, since="1 May")
-    with pytest.raises(ConfigurationError, match="day '2012-10': not a day"):
+    with pytest.raises(ConfigurationError, match="day: '2012-10' is no date"):
         explain("alpaca.daily_bars", "IBM", "2012-10", config)
     with pytest.raises(ConfigurationError, match="there is no report of any run"):
         read_report(config=config)
