@@ -20,7 +20,7 @@ from prefect.artifacts import (
     create_progress_artifact,
     create_table_artifact,
 )
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.exceptions import PrefectException
 
@@ -79,13 +79,17 @@ class ProgressDisplay:
     def ended(self, report: RunReport) -> None:
         """Show how the run ended."""
         self.__exit__()
+        if self._id is None:
+            return
         done = report.state in (RunState.COMPLETED, RunState.COMPLETED_WITH_FINDINGS)
         share = 100.0 if done else self._share(report.requests.sent)
-        self._update(share, f"Run {report.run}, {STATES[report.state]}: {sentence(report)}")
+        with get_client(sync_client=True) as client:
+            self._update(client, share, f"Run {report.run}, {STATES[report.state]}: {sentence(report)}")
 
     def _follow(self) -> None:
-        while not self._over.wait(PROGRESS_SECONDS):
-            self._update(self._share(progress(self._run.run_id).sent), self._said())
+        with get_client(sync_client=True) as client:  # one for all: making it costs ten times what a request does
+            while not self._over.wait(PROGRESS_SECONDS):
+                self._update(client, self._share(progress(self._run.run_id).sent), self._said())
 
     def _share(self, sent: int) -> float:
         return 0.0 if not self._expected else min(99.0, round(100 * sent / self._expected, 1))
@@ -96,12 +100,10 @@ class ProgressDisplay:
         until = f"; done at about {self._until}" if self._until else ""
         return f"Run {self._run.run_id}: {now.sent:,}{of} requests, {now.fetched:,} rows fetched{until}"
 
-    def _update(self, share: float, description: str) -> None:
-        if self._id is None:
-            return
+    def _update(self, client: SyncPrefectClient, share: float, description: str) -> None:
+        assert self._id is not None
         try:
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self._id, ArtifactUpdate(data=share, description=description))
+            client.update_artifact(self._id, ArtifactUpdate(data=share, description=description))
         except REFUSED as error:
             log.warning("the progress of run %s is not shown: %s", self._run.run_id, error)
 

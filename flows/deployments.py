@@ -73,6 +73,7 @@ def _deploy(client: SyncPrefectClient, flow, name: str, plan: Plan, config: Path
         concurrency_limit=1,
         concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         work_pool_name=pool,
+        job_variables={"env": {"DO_NOT_TRACK": "1"}},
         tags=["marketsync"],
     )
     if not schedules:

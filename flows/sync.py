@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause, TerminationSignal
 from prefect.states import Cancelled, Completed, Failed
@@ -111,9 +111,10 @@ def sync_plan(
     try:
         workspace = open_workspace(config)
         workspace.plan(plan)
-        stoppable = Stoppable(_is_to_stop)
-        with logged_in_run():
+        with logged_in_run(), get_client(sync_client=True) as client:
+            stoppable = Stoppable(partial(_is_to_stop, client))
             report = _synced(workspace, plan, options, refetch_begun, stoppable)
+            told = _state_on_server(client) if stoppable.asked.is_set() else None
     except MarketSyncError as error:
         what = ": the configuration is wrong" if isinstance(error, ConfigurationError) else ""
         logger.error("plan %s was not synced%s\n%s", plan, what, error)
@@ -125,7 +126,6 @@ def sync_plan(
     if is_caught_up(report, options):
         tell_caught_up(workspace, report)
     ended = _ended(report, _what_next(workspace, report, options))
-    told = _state_on_server() if stoppable.asked.is_set() else None
     if told is not None and told.is_cancelling():
         if isinstance(stoppable.signal, TerminationSignal):
             # The worker sent it, and sets the final state once we are gone.
@@ -241,22 +241,21 @@ def _what_next(workspace: Workspace, report: RunReport, options: Options) -> str
     return f"the quota is there again at {at}: flow run '{later.name}' is scheduled to go on"
 
 
-def _state_on_server() -> State[Any] | None:
+def _state_on_server(client: SyncPrefectClient) -> State[Any] | None:
     """Return the state that the server says this flow run has; None where it does not answer."""
     this = flow_run()
     if this is None:
         return None
     try:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(this.id).state
+        return client.read_flow_run(this.id).state
     except REFUSED:
         return None
 
 
-def _is_to_stop() -> bool:
+def _is_to_stop(client: SyncPrefectClient) -> bool:
     """Return whether somebody suspended this flow run on the server or cancelled it there, where no worker would send
     a signal."""
-    this, state = flow_run(), _state_on_server()
+    this, state = flow_run(), _state_on_server(client)
     if this is None or state is None:
         return False
     return state.is_paused() or (state.is_cancelling() and this.deployment_id is None)

@@ -27,7 +27,8 @@ plans:
     until: 2013-03-01
 """
 ALL_ROWS = 12154  # daily bars of the five symbols that the replica has between those days
-SPARE_SECONDS = 60  # after which a test that waits for something gives up
+ROWS_OF_IBM = 3270
+SPARE_SECONDS = 180  # after which a test that waits for something gives up
 
 
 @dataclass

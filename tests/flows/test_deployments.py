@@ -107,6 +107,7 @@ def test_every_plan_becomes_a_deployment_on_its_own_schedule(prefect_server, tmp
             assert (schedule.schedule.cron, schedule.schedule.timezone) == ("30 19 * * 1-5", "America/New_York")
             assert nightly.parameters == {"plan": "nightly", "config": str(config)}
             assert nightly.global_concurrency_limit.limit == 1
+            assert nightly.job_variables == {"env": {"DO_NOT_TRACK": "1"}}
             assert (ROOT / nightly.entrypoint.partition(":")[0]).is_file()
             assert not client.read_deployment_by_name("sync-plan/once").schedules
 

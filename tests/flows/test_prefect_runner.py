@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from replica_market import eventually
 
 from marketsync.errors import Interrupted, StoreError, WaitingForQuota
+from tasks.fetch import Fetched
+from tasks.tally import Counts, Note
 
 pytestmark = [pytest.mark.prefect, pytest.mark.xdist_group("prefect")]
 RESET = datetime(2026, 3, 2, tzinfo=UTC)
@@ -48,11 +52,20 @@ def inside_a_flow(body: Callable[[Any], Any]) -> Any:
     return run()
 
 
+def logged(flow_run_id: Any) -> list[str]:
+    """Return the lines of a flow run's log that have arrived."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+        return [line.message for line in client.read_logs(chosen)]
+
+
 def ends(flow_run_id: Any, count: int) -> dict[str, str]:
     """Return the state of each task run of a flow run by its name, once there are `count`."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from replica_market import eventually
 
     chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
 
@@ -132,6 +145,37 @@ def test_a_step_that_breaks_says_why_in_its_state(prefect_server):
         return pending.future.state.message
 
     assert inside_a_flow(body)[1] == "the disk is full"
+
+
+def test_a_step_in_which_something_failed_is_red_and_hands_on_what_it_did(prefect_server):
+    def fetches(_: int) -> Fetched:
+        note = Note("failed", "alpaca.daily_bars", "IBM", "the answer makes no sense")
+        return Fetched("alpaca.daily_bars", Counts(units=2, done=1, failed=1, sent=2), [note])
+
+    def body(runner: Any) -> tuple[Fetched, str]:
+        pending = runner.submit(fetches, 1, name="fetches")
+        return pending.result(), pending.future.state.message
+
+    flow_run_id, (fetched, message) = inside_a_flow(body)
+    assert (fetched.dataset, fetched.counts.failed) == ("alpaca.daily_bars", 1)
+    assert message == "0 rows of 2 requests, 1 of 2 units done, 1 unit failed: the answer makes no sense"
+    assert ends(flow_run_id, 1) == {"fetches": "Failed"}
+
+
+def test_what_our_packages_log_from_any_thread_is_shown_in_the_run(prefect_server):
+    from flows.runner import logged_in_run
+
+    def body(_: Any) -> None:
+        with logged_in_run():
+            speaking = threading.Thread(target=logging.getLogger("tasks.fetch").warning, args=("segment %s is lost", 7))
+            speaking.start()
+            speaking.join()
+        logging.getLogger("tasks.fetch").warning("not of the run")
+
+    flow_run_id, _ = inside_a_flow(body)
+    assert "not of the run" not in eventually(
+        lambda: (said := logged(flow_run_id)) and "segment 7 is lost" in said and said, "the line in the run's log"
+    )
 
 
 # ---------------------------------------------------------------- what is stopped

@@ -6,6 +6,7 @@ these processes, and not only the server that the other tests share.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -65,6 +66,14 @@ class Site:
     def state(self, flow_run: Any) -> Any:
         with self.client() as client:
             return client.read_flow_run(flow_run.id).state
+
+    def logged(self, flow_run: Any) -> list[str]:
+        """Return the lines of a run's log that have arrived."""
+        from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+        with self.client() as client:
+            chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
+            return [line.message for line in client.read_logs(chosen)]
 
     def ended(self, flow_run: Any) -> Any:
         """Return the final state of a run."""
@@ -160,6 +169,28 @@ def test_a_worker_runs_the_plan_that_the_form_was_given(site, market: Callable[.
     state = site.ended(site.begin(plan="five", config=str(here.config)))
     assert (state.type.value, state.name) == ("COMPLETED", "Completed"), state.message
     assert here.rows == ALL_ROWS
+
+
+def test_two_runs_of_one_plan_at_once_share_the_work(site, market: Callable[..., Market]):
+    here = market(monthly=True, delay=(0.1, 0.1), upstream="limits: []")
+    both = [site.begin(plan="five", config=str(here.config)) for _ in range(2)]
+    for flow_run in both:
+        assert site.ended(flow_run).name == "Completed"
+    assert here.rows == ALL_ROWS
+    assert here.requests == len({json.dumps(entry["request"]) for entry in here.replica.log})
+
+
+def test_a_failed_run_says_why_without_the_way_through_the_code(site, market: Callable[..., Market]):
+    here = market(accounts={"alpaca": {"ANOTHER": {"secret": "not-ours"}}})
+    flow_run = site.begin(plan="five", config=str(here.config))
+    state = site.ended(flow_run)
+    assert (state.type.value, state.name) == ("FAILED", "Failed")
+    assert "the key of alpaca is refused" in state.message
+    said = eventually(
+        lambda: (lines := site.logged(flow_run)) and any(state.message in line for line in lines) and lines,
+        "the end of the log",
+    )
+    assert not [line for line in said if "Traceback" in line or "unexpected exception" in line]
 
 
 def test_a_cancelled_run_of_a_worker_keeps_what_it_fetched(site, market: Callable[..., Market]):

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from replica_market import ALL_ROWS, eventually
+from replica_market import ALL_ROWS, ROWS_OF_IBM, eventually
 
 pytestmark = [pytest.mark.prefect, pytest.mark.xdist_group("prefect"), pytest.mark.usefixtures("prefect_server")]
 
@@ -168,10 +168,10 @@ def test_a_long_run_is_cut_into_tasks_that_go_on_where_the_last_stopped(market, 
     import flows.sync
 
     monkeypatch.setattr(flows.sync, "STEP_SECONDS", 1.0)
-    here = market(monthly=True, delay=(0.02, 0.02), upstream="limits: []")
-    state = run_flow(here.config)
-    assert here.rows == ALL_ROWS
-    assert here.requests == state.result().requests.sent
+    here = market(monthly=True, delay=(0.05, 0.05), upstream="limits: []")
+    state = run_flow(here.config, only=["IBM"])
+    assert here.rows == ROWS_OF_IBM
+    assert here.requests == state.result().requests.sent == 157
     assert here.requests == len({json.dumps(entry["request"]) for entry in here.replica.log})
     flow_run_id = state.state_details.flow_run_id
     names = eventually(lambda: (found := task_states(flow_run_id)).get("judge alpaca.daily_bars") and found, "tasks")
@@ -227,6 +227,7 @@ def test_the_run_that_goes_on_after_the_reset_asks_only_for_the_rest(market):
     assert event["payload"]["run"] == second.result().run
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_too_early_schedules_another(market):
     here = market(upstream=SPENT_TODAY)
     daily = deployed(here.config)
@@ -305,7 +306,9 @@ def test_a_paused_plan_sends_nothing_until_it_is_resumed(market):
     assert here.rows == ALL_ROWS
 
 
-@pytest.mark.parametrize(("word", "name"), [("pause", "Paused"), ("cancel", "Cancelled")])
+@pytest.mark.parametrize(
+    ("word", "name"), [("pause", "Paused"), pytest.param("cancel", "Cancelled", marks=pytest.mark.slow)]
+)
 def test_a_running_plan_stops_at_its_next_page_when_it_is_told_to(market, word, name):
     from marketsync.ledger import Desired
 
@@ -325,6 +328,7 @@ def test_a_running_plan_stops_at_its_next_page_when_it_is_told_to(market, word, 
     assert 0 < here.rows < ALL_ROWS
 
 
+@pytest.mark.slow
 def test_a_cancellation_in_the_user_interface_stops_a_run_that_has_no_worker(market, monkeypatch):
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateName
     from prefect.states import Cancelling
@@ -354,6 +358,40 @@ def test_a_cancellation_in_the_user_interface_stops_a_run_that_has_no_worker(mar
     assert here.rows == ALL_ROWS
 
 
+def test_a_run_that_is_suspended_pauses_at_its_next_page_and_asks_only_for_the_rest_when_resumed(market, monkeypatch):
+    from prefect.exceptions import Pause
+    from prefect.states import Suspended
+
+    import flows.runner
+
+    monkeypatch.setattr(flows.runner, "POLL_SECONDS", 0.2)
+    here = market(monthly=True, delay=(0.2, 0.2), upstream="limits: []")
+    # A run that fetches again would ask for all once more, if it did not know that it had begun before.
+    this = flow_run_of(deployed(here.config, refetch=True))
+
+    def suspend() -> None:
+        eventually(lambda: here.requests > 5, "requests")
+        with client() as api:
+            api.set_flow_run_state(this.id, Suspended(timeout_seconds=300))
+
+    suspending = threading.Thread(target=suspend)
+    suspending.start()
+    with pytest.raises(Pause):
+        carried_out(this)
+    suspending.join()
+    with client() as api:
+        assert api.read_flow_run(this.id).state.name == "Suspended"
+    assert [row.state for row in here.ledger.runs("five")] == ["paused"]
+    assert 0 < here.rows < ALL_ROWS
+
+    here.replica.delay = (0.0, 0.0)
+    with client() as api:
+        api.resume_flow_run(this.id)
+    assert carried_out(this).name == "Completed"
+    assert here.rows == ALL_ROWS
+    assert here.requests == len({json.dumps(entry["request"]) for entry in here.replica.log})
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -365,6 +403,9 @@ def test_a_refused_key_fails_the_run_with_what_the_provider_said(market):
     state = run_flow(here.config)
     assert state.type.value == "FAILED"
     assert "the key of alpaca is refused" in state.message
+    flow_run_id = state.state_details.flow_run_id
+    steps = eventually(lambda: (found := task_states(flow_run_id)).get("judge alpaca.daily_bars") and found, "tasks")
+    assert steps["fetch alpaca.daily_bars"] == "Failed"
     assert not events_of(state.state_details.flow_run_id)
     report = run_from_command_line(here.config, "five", Options())
     assert int(report.state.exit_code) == 1
@@ -379,6 +420,7 @@ def test_a_plan_that_does_not_exist_is_an_error_of_the_configuration(market):
         run_from_command_line(market().config, "six", Options())
 
 
+@pytest.mark.slow
 def test_a_run_of_some_symbols_does_not_say_that_the_plan_is_caught_up(market):
     state = run_flow(market().config, only=["IBM"])
     assert state.name == "Completed"
