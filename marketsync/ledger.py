@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import sqlalchemy as sa
@@ -1123,6 +1124,9 @@ class Ledger:
             units = {row.work_id: unit_from_text(row.unit) for row in works}
             if not all(_keeps_apart(schema, unit) for unit in units.values()):
                 return False
+            if _meet(units[row.work_id] for row in works if row.rows):
+                # The first pages of a unit that was cut, and its parts.
+                return False
             subjects = list(dict.fromkeys(subject for unit in units.values() for subject in unit.subjects))
             chosen = [*subjects, _ANY_SUBJECT]
             known = self._coverage_in(connection, [store_id], segments[0].dataset, None, chosen)[store_id]
@@ -1547,6 +1551,15 @@ def _overlap(a: Unit, b: Unit) -> bool:
 def _windows_overlap(a: Unit, b: Unit) -> bool:
     apart = a.window_start >= b.window_end or b.window_start >= a.window_end
     return not apart and not set(a.subjects).isdisjoint(b.subjects)
+
+
+def _meet(units: Iterable[Unit]) -> bool:
+    """Return whether two of the units may have had the same rows: one subject, and windows that overlap."""
+    windows: dict[str, list[Interval]] = defaultdict(list)
+    for unit in units:
+        for subject in unit.subjects:
+            windows[subject].append(Interval(unit.window_start, unit.window_end))
+    return any(before.end > after.start for of in windows.values() for before, after in pairwise(sorted(of)))
 
 
 def _keeps_apart(schema: Schema, unit: Unit) -> bool:
