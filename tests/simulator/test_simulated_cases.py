@@ -10,6 +10,7 @@ import pytest
 from sim_world import DAY, KINDS, START, FakeClient, Settings, Source, World
 
 from marketsync.coverage import Answer
+from marketsync.definition import Verdict
 from marketsync.errors import ExitCode
 from marketsync.ledger import Desired
 from marketsync.report import RunReport, RunState
@@ -113,6 +114,13 @@ def test_a_split_unit_is_asked_in_halves_when_it_is_fetched_again():
         world.source.restated["A", date(2024, 3, 4)] = 1
         completed(world, options=Options(refetch=True))
         assert len({(one.start, one.end) for one in world.provider.log[before:]}) == 2
+        world.check_done()
+
+
+def test_the_halves_of_a_unit_that_was_split_behind_its_first_page_are_not_appended_beside_that_page():
+    with World(replace(ONE, page=3, segment_requests=4)) as world:
+        completed(world, faults={2: "split"})
+        assert [one.verdict for one in world.provider.log][:2] == [Verdict.ROWS, Verdict.SPLIT]
         world.check_done()
 
 
