@@ -161,6 +161,20 @@ def test_a_cancelled_run_stops_at_its_next_page_and_the_next_one_asks_for_the_re
     check_rest(made)
 
 
+def test_what_is_fetched_again_is_there_once_and_as_it_is_now(place):
+    made = place()
+    made.write({**PLAN, "universe": ["AAPL", "IBM"]})
+    assert made.sync_here().code == 0
+    row = {"symbol": "IBM", "date": date(2005, 6, 1), "open": 1.0, "high": 2.0, "low": 1.0, "close": 1.5, "volume": 7}
+    made.replica.update(pl.DataFrame([row]))
+    done = made.sync("--refetch")
+    assert done.code == 0, done.words
+    rows = done.report["rows"]
+    assert (rows["inserted"], rows["updated"]) == (0, 1)
+    assert rows["fetched"] == rows["unchanged"] + 1
+    assert made.bars().equals(made.source(["AAPL", "IBM"], FIRST, LAST))
+
+
 # ---------------------------------------------------------------- without a request
 
 
