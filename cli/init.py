@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.output import put
+from cli.output import make_folder, put
 from marketsync.errors import ConfigurationError
 
 TEMPLATE = """\
@@ -86,7 +86,7 @@ def init(
     if path.exists():
         raise ConfigurationError(f"{path} is there already; add to it with: marketsync plan add NAME -c {path} ...")
     text = _text(provider, load_definition(provider))
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     problems = problems_of(path, text)
     if problems:
         raise ConfigurationError(problems)

@@ -60,6 +60,11 @@ def main() -> None:
     # Importing makes some 300,000 objects that all stay: looking for garbage among them is a tenth of a start.
     gc.set_threshold(200_000, 10, 10)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if sys.argv[1:] == ["--version"]:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"marketsync {version('marketsync')}\n")
+        sys.exit(int(ExitCode.DONE))
     try:
         build(sys.argv[1:])()
     except SystemExit as ended:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
+
+from marketsync.errors import ConfigurationError
 
 
 def say(text: str = "") -> None:
@@ -16,6 +19,14 @@ def say(text: str = "") -> None:
 def put(text: str) -> None:
     """Print a result on stdout."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that a person named; ConfigurationError when it cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be made a folder: {error.strerror}; name another one") from None
 
 
 def put_json(value: Any) -> None:

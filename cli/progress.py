@@ -7,7 +7,8 @@ import threading
 import time
 from types import TracebackType
 
-from cli.output import length, say, size
+from cli.output import length, many, say, size
+from marketsync.errors import MarketSyncError
 from marketsync.ledger import RunRow
 
 LINE_SECONDS = 5.0
@@ -35,7 +36,10 @@ class Progress:
         from tasks.inquiry import estimate
         from tasks.workspace import open_workspace
 
-        found = estimate(open_workspace(self._config), plan)
+        try:
+            found = estimate(open_workspace(self._config), plan)
+        except MarketSyncError:
+            return 0  # the run itself will tell
         return 0 if found.at_least else found.requests  # a share of what is not known is no progress
 
     def __enter__(self) -> Progress:
@@ -75,10 +79,10 @@ class Progress:
             if self._run is None:
                 continue
             now = progress(self._run.run_id)
-            of = f" of about {self._expected:,}" if self._expected else ""
+            asked = f"{now.sent:,} of about {many(self._expected, 'request')}" if self._expected else ""
             rest = ", ".join(part for part in (self._quota(), self._to_go(now.sent)) if part)
             say(
-                f"{self._run.plan}: {now.fetched:,} rows, {now.sent:,}{of} requests, {size(now.bytes)}"
+                f"{self._run.plan}: {many(now.fetched, 'row')}, {asked or many(now.sent, 'request')}, {size(now.bytes)}"
                 + (f", {rest}" if rest else "")
             )
 

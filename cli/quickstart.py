@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import program, say
+from cli.output import make_folder, program, say
 from marketsync.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def quickstart(
     """Sync real daily bars (five symbols, 2000-2013) from a replica on this machine into a Delta Lake folder."""
     from providers.replica.server import Replica
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     config = directory / "upstream.yml"
     with Replica(port=_free_port(), data="bokeh") as replica:
         _write(directory, config, replica.url, replica.credentials)

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def replica(
-    port: Annotated[int, typer.Option("--port", help="The loopback port; 0 takes a free one.")] = 8740,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65_535, help="The loopback port; 0 takes a free one.")
+    ] = 8740,
     faults: Annotated[Path | None, typer.Option("--faults", help="A YAML file of faults, limits, delay.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="bokeh (the default), or generated:ROWS.", show_default=False)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from marketsync.coverage import Answer, Covered, Interval, minus, within
 from marketsync.document import closest, dotted, read_document
 from marketsync.errors import ConfigurationError, Problem, SchemaError, StoreError
-from marketsync.ledger import Desired, WorkState
+from marketsync.ledger import Desired, RunRow, WorkState, owner_is_dead
 from marketsync.planning import EVERYTHING, Unit, day_start, instant
 from storage.lazyframes import reading
 from storage.protocol import Filter
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SHOWN_WORK = 20  # requests that `explain` lists
 MOST_ROWS = 10  # rows that it shows
+JUST_BEGUN = timedelta(seconds=30)  # a run prepares before it leases work
+BROKEN_OFF = "not ended"  # the state of a run that was killed (or that judges still, when all is fetched)
 
 
 @dataclass(frozen=True)
@@ -392,17 +394,27 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
             )
     runs = ledger.runs(plan, limit=1)
     last = runs[0] if runs else None
+    running = bool(last and last.ended is None and _alive(workspace, last))
     return Status(
         plan=plan,
         desired=str(ledger.control(plan).desired),
         last_run=last.run_id if last else None,
-        last_state=last.state if last else None,
+        last_state=(BROKEN_OFF if last.ended is None and not running else last.state) if last else None,
         last_ended=last.ended if last else None,
         resume_at=ledger.resume_at(plan),
-        running=bool(last and last.ended is None and last.state == "running"),
+        running=running,
         datasets=tuple(rows),
         owed=tuple(listed),
     )
+
+
+def _alive(workspace: Workspace, run: RunRow) -> bool:
+    """Return whether a run that has not ended can be under way: it began just now, or a living worker has its work."""
+    now = workspace.clock.now()
+    if now - run.started < JUST_BEGUN:
+        return True
+    leased = workspace.ledger.works(run_id=run.run_id, states=[WorkState.LEASED], limit=1_000)
+    return any(row.lease_until and row.lease_until > now and not owner_is_dead(row.owner) for row in leased)
 
 
 def _covered_until(scope: Scope, known: dict[str, list[Covered]]) -> datetime | None:

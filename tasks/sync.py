@@ -17,7 +17,7 @@ from pathlib import Path
 
 from marketsync.coverage import Interval, merged
 from marketsync.definition import Verdict
-from marketsync.errors import ExitCode, Interrupted, StoreError, gravest
+from marketsync.errors import ExitCode, Interrupted, MarketSyncError, StoreError, gravest
 from marketsync.ledger import Desired, RunRow
 from marketsync.report import (
     DatasetReport,
@@ -33,6 +33,7 @@ from marketsync.report import (
     suggested,
     watermarks_of,
 )
+from storage.files import write_whole
 from storage.lazyframes import reading
 from storage.protocol import Store, Written
 from tasks.fetch import Fetched
@@ -286,27 +287,40 @@ def keep(workspace: Workspace, report: RunReport) -> Path:
     folder = workspace.state / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report.run}.json"
-    path.write_text(report.to_json(), encoding="utf-8")
+    # whole or not at all: a run that is killed here leaves no half of a report
+    write_whole(path, report.to_json().encode())
     return path
 
 
 def last_report(workspace: Workspace, plan: str) -> RunReport | None:
     """Return the report of the last run of a plan that has one."""
     for run in workspace.ledger.runs(plan, limit=5):
-        found = kept(workspace, run.run_id)
+        try:
+            found = kept(workspace, run.run_id)
+        except MarketSyncError as error:
+            log.warning("%s", error)
+            continue
         if found is not None:
             return found
     return None
 
 
 def kept(workspace: Workspace, run_id: str | None = None) -> RunReport | None:
-    """Return a kept report: that of a run, or the last one; None when there is none."""
+    """Return a kept report: that of a run, or the last one; None when there is none. MarketSyncError: its file is
+    damaged."""
     folder = workspace.state / "reports"
     if run_id is not None:
         path = folder / f"{run_id}.json"
-        return RunReport.from_json(path.read_bytes()) if path.exists() else None
-    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
-    return RunReport.from_json(files[-1].read_bytes()) if files else None
+    else:
+        path = max(folder.glob("*.json"), key=lambda file: file.stat().st_mtime, default=folder / "none")
+    try:
+        return RunReport.from_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise MarketSyncError(
+            f"the report {path} cannot be read: {error}; delete the file, no row depends on it"
+        ) from None
 
 
 def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Outcome], orchestrator: str) -> RunReport:
@@ -564,10 +578,10 @@ def run_once(
 ) -> RunReport:
     """Run one plan once on threads of this process."""
     run, state = begin(config, plan)
-    begun(run)
-    if state is not None:
-        return not_started(config, plan, run, state)
     try:
+        begun(run)
+        if state is not None:
+            return not_started(config, plan, run, state)
         with ThreadRunner(workers) as runner:
             outcomes = describe(config, plan, run, options, runner)
         return finish(config, plan, run, outcomes)

@@ -102,7 +102,7 @@ _MASKS = [
 
 
 # a run of more than some seconds says how far it is, so on a busy machine there are such lines in between
-_PROGRESS = re.compile(r"^[\w-]+: [\d,]+ rows, [\d,]+( of about [\d,]+)? requests, [\d.]+ [KMGT]?B(, .*)?$")
+_PROGRESS = re.compile(r"^[\w-]+: [\d,]+ rows?, [\d,]+( of about [\d,]+)? requests?, [\d.]+ [KMGT]?B(, .*)?$")
 
 
 def masked(text: str) -> list[str]:

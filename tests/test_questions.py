@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 
 from cli.main import build
+from marketsync.clock import ManualClock
 from marketsync.errors import ConfigurationError, ExitCode, SchemaConflict
 from marketsync.ledger import Desired
 from marketsync.report import RunState
@@ -332,6 +333,37 @@ def test_what_this_machine_says_is_not_put_into_the_providers_mouth(place):
     for message in messages:
         assert "refused" in message
         assert "it says" not in message
+
+
+def test_a_killed_run_is_not_called_running_for_ever(place):
+    workspace = place.workspace()
+    workspace.ledger.open_run("bars")
+    assert inquiry.status(workspace, "bars").running
+    workspace.clock = ManualClock(workspace.clock.now() + timedelta(minutes=5))
+    found = inquiry.status(workspace, "bars")
+    assert (found.running, found.last_state) == (False, "not ended")
+    workspace.close()
+
+
+def test_a_run_that_breaks_off_before_its_first_step_has_ended(place):
+    def breaks(run) -> None:
+        raise ConfigurationError("the progress display is broken")
+
+    with pytest.raises(ConfigurationError):
+        sync(place.config, ["bars"], begun=breaks)
+    workspace = place.workspace()
+    assert workspace.ledger.runs("bars")[0].ended is not None
+    workspace.close()
+
+
+def test_half_a_report_is_told_and_stops_no_run(place):
+    assert place.sync("bars") is RunState.COMPLETED
+    (kept,) = (place.folder / ".marketsync" / "reports").glob("*.json")
+    kept.write_bytes(kept.read_bytes()[:100])
+    done = place.run("report")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"the report {kept} cannot be read" in done.stderr
+    assert place.sync("bars") is RunState.COMPLETED
 
 
 # ---------------------------------------------------------------- a table whose file was overwritten
