@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -102,6 +103,8 @@ def report(
         try:
             html.write_text(text, encoding="utf-8")
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise ConfigurationError(f"the report cannot be written to {html}: {error.strerror}") from None
         say(f"written: {html}")
     if as_json:

@@ -366,6 +366,17 @@ def test_half_a_report_is_told_and_stops_no_run(place):
     assert place.sync("bars") is RunState.COMPLETED
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_told_as_such_and_a_wrong_place_as_usage(place):
+    assert place.sync("bars") is RunState.COMPLETED
+    full = place.run("report", "--html", "/dev/full")
+    assert full.returncode == int(ExitCode.FAILED)
+    assert full.stderr.startswith("the disk is full (No space left on device")
+    assert "run again" in full.stderr
+    wrong = place.run("report", "--html", str(place.folder / "data"))
+    assert (wrong.returncode, "cannot be written" in wrong.stderr) == (int(ExitCode.CONFIGURATION), True)
+
+
 # ---------------------------------------------------------------- a table whose file was overwritten
 
 
