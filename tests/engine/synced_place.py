@@ -190,9 +190,11 @@ class Place:
         """What is left in the spool: segments that some store lacks."""
         return [path for path in (self.folder / ".marketsync" / "spool").rglob("*") if path.is_file()]
 
-    def wait_for_requests(self, count: int) -> None:
-        """Return when the replica has that many requests in its log."""
-        eventually(lambda: self.requests >= count, f"{count} requests (there are {self.requests})")
+    def wait_for_requests(self, count: int, process: subprocess.Popen[str]) -> None:
+        """Return when the replica has that many requests of a process in its log; fail when it ends before."""
+        eventually(lambda: self.requests >= count or process.poll() is not None, f"{count} requests")
+        if self.requests < count:
+            pytest.fail(f"the run ended after {self.requests} requests: {process.communicate()[1]}")
 
 
 def environment() -> dict[str, str]:

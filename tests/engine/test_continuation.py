@@ -76,7 +76,7 @@ def test_a_chain_that_is_killed_at_request_27_continues_within_its_last_two_page
     made, last = chain_of_thirty(place)
     made.replica.set_faults([{"fault": "timeout", "when": {"request": 27}}])
     process = made.start()
-    made.wait_for_requests(27)
+    made.wait_for_requests(27, process)
     process.kill()
     process.communicate()
     done = made.sync()
@@ -93,7 +93,7 @@ def running(place, *, pages: int = 20) -> tuple[Place, subprocess.Popen[str]]:
     made = place(delay=(0.01, 0.03))
     made.write(PLAN, definition=alpaca_by_month(10_000), upstream={"limits": [{"requests": 100_000, "per": "minute"}]})
     process = made.start()
-    made.wait_for_requests(pages)
+    made.wait_for_requests(pages, process)
     return made, process
 
 
