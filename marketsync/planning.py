@@ -17,6 +17,7 @@ from marketsync.definition import Dataset
 from marketsync.durations import parse_span, window_after, window_floor
 
 EVERYTHING = "*"
+ALL_TIME = (datetime(1678, 1, 1, tzinfo=UTC), datetime(2262, 1, 1, tzinfo=UTC))  # what 64 bits of nanoseconds can say
 
 
 def day_start(day: date) -> datetime:
@@ -130,10 +131,10 @@ def _cut(
         return
     window = dataset.over.window
     if window is None:
-        # The whole history (or the list as it is now) comes with one answer.
+        # The whole history (or the list as it is now) comes with one answer, however little of it is owed.
         if intervals:
-            whole = Interval(intervals[0].start, intervals[-1].end)
-            yield (whole.start, whole.end), whole
+            piece = Interval(intervals[0].start, intervals[-1].end)
+            yield (piece.start, piece.end) if dataset.time_column is None else ALL_TIME, piece
         return
     every = parse_span(window.every)
     whole = dataset.whole_windows
