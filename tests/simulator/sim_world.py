@@ -320,7 +320,7 @@ class FakeClient:
             frame = frame.drop("at")
         verdict = Verdict.ROWS if part else Verdict.EMPTY
         self._remember(ask, cursor, verdict, tuple((symbol, at) for symbol, at, _ in part))
-        bounds = (None, None) if kind.name in ("history", "listing") else (ask.window_start, ask.window_end)
+        bounds = (None, None) if kind.name == "listing" else (ask.window_start, ask.window_end)
         return Outcome(
             verdict,
             Ruling(verdict),

@@ -292,6 +292,16 @@ def test_an_answer_that_holds_more_than_was_owed_is_never_appended_twice():
         world.check_always()
 
 
+def test_a_whole_history_that_is_asked_for_its_newest_day_is_neither_appended_twice_nor_set_aside():
+    with World(Settings(kind="history", symbols=("A",), since=date(2024, 4, 1), until=date(2024, 4, 5))) as world:
+        completed(world)
+        world.settings = replace(world.settings, until=date(2024, 4, 8))
+        world.write_configuration()
+        report = completed(world)
+        assert report.rows.quarantined == 0
+        world.check_done()
+
+
 def test_bad_and_repeated_rows_are_accounted_for_and_set_aside():
     settings = Settings(symbols=("A", "B"), until=date(2024, 3, 12), stores=("one", "two"))
     source = Source(
