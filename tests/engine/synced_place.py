@@ -190,10 +190,14 @@ class Place:
         """What is left in the spool: segments that some store lacks."""
         return [path for path in (self.folder / ".marketsync" / "spool").rglob("*") if path.is_file()]
 
-    def wait_for_requests(self, count: int, process: subprocess.Popen[str]) -> None:
-        """Return when the replica has that many requests of a process in its log; fail when it ends before."""
-        eventually(lambda: self.requests >= count or process.poll() is not None, f"{count} requests")
-        if self.requests < count:
+    def wait_for_requests(self, count: int, process: subprocess.Popen[str] | None = None) -> None:
+        """Return when the replica has that many requests in its log; fail when the process that sends them ends."""
+
+        def over() -> bool:
+            return self.requests >= count or (process is not None and process.poll() is not None)
+
+        eventually(over, f"{count} requests")
+        if process is not None and self.requests < count:
             pytest.fail(f"the run ended after {self.requests} requests: {process.communicate()[1]}")
 
 
