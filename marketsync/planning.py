@@ -85,7 +85,8 @@ def units(
     *,
     sessions: Callable[[datetime, datetime], Iterable[date]] | None = None,
 ) -> Iterator[Unit]:
-    """Yield the units that ask for what each subject owes, the newest window first, then the others in order of time.
+    """Yield the units that ask for what each subject owes: those that reach the newest rows, then the others in order of
+    time.
 
     `owed_of` maps a subject to its owed intervals; `sessions` lists the sessions whose midnight is in [start, end).
     Subjects that owe the same piece of a window share requests, up to the batch; a laggard never widens another's.
@@ -100,8 +101,9 @@ def units(
             pieces[window][piece].append(subject)
     if not pieces:
         return
-    newest = max(pieces)
-    for window in [newest, *sorted(window for window in pieces if window != newest)]:
+    newest = max(end for _, end in pieces)
+    # False sorts first: every window that reaches the newest rows, whoever else is behind and by how much
+    for window in sorted(pieces, key=lambda window: (window[1] != newest, window)):
         for piece, owing in pieces[window].items():
             for group in _grouped(dataset, owing):
                 yield Unit(
