@@ -23,7 +23,7 @@ from marketsync.document import Document, FieldPath, closest, dotted, parse_docu
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
 from marketsync.names import choice, known_names, request_names, wrong_names
-from marketsync.upstream import STORE_SCHEMES, Configuration, Plan, Universe, Upstream
+from marketsync.upstream import FOLDER_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
     from marketsync.explaining import Located
@@ -109,7 +109,7 @@ class Loaded:
         """Return a store's URL with a relative folder made absolute: it is relative to the file, not to the shell."""
         url = self.configuration.stores[name].url
         scheme, _, place = url.partition("://")
-        if scheme in STORE_SCHEMES and place and not place.startswith(("/", "~", "$")):
+        if scheme in FOLDER_SCHEMES and place and not place.startswith(("/", "~", "$")):
             return f"{scheme}://{(self.base / place).resolve()}"
         return url
 
@@ -858,7 +858,8 @@ def _scheme_problems(document: Document, place: FieldPath, url: str) -> Iterator
         known = ", ".join(f"{one}://" for one in STORE_SCHEMES)
         yield Problem(document.name, line, dotted(place), f"there is no store {scheme}://", f"{hint}stores: {known}")
     elif not rest:
-        yield Problem(document.name, line, dotted(place), f"'{url}' names no place", f"write {scheme}://./data")
+        named = "./data" if scheme in FOLDER_SCHEMES else "user:$secret.PASSWORD@host/database"
+        yield Problem(document.name, line, dotted(place), f"'{url}' names no place", f"write {scheme}://{named}")
 
 
 def _symbols_of(universe: Universe, base: Path) -> tuple[str, ...]:

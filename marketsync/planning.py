@@ -85,8 +85,8 @@ def units(
     *,
     sessions: Callable[[datetime, datetime], Iterable[date]] | None = None,
 ) -> Iterator[Unit]:
-    """Yield the units that ask for what each subject owes: those that reach the newest rows, then the others in order of
-    time.
+    """Yield the units that ask for what each subject owes: those that reach the newest rows, then the others in the
+    order of time.
 
     `owed_of` maps a subject to its owed intervals; `sessions` lists the sessions whose midnight is in [start, end).
     Subjects that owe the same piece of a window share requests, up to the batch; a laggard never widens another's.

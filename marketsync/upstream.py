@@ -19,7 +19,9 @@ NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
-STORE_SCHEMES = ("delta", "parquet", "csv", "chdb")  # those of storage.registry, which is not imported here
+# those of storage.registry, which is not imported here: in a folder, and on a server
+FOLDER_SCHEMES = ("delta", "parquet", "csv", "chdb")
+STORE_SCHEMES = (*FOLDER_SCHEMES, "postgresql")
 
 
 def _daily_text(text: str) -> str:
@@ -147,7 +149,8 @@ class StoreSpec(Model):
     """One place rows live."""
 
     url: str = Field(
-        description="Engine and place: delta://./data, parquet://, csv://, chdb://; may hold $secret.NAME."
+        description="Engine and place: delta://./data, parquet://, csv://, chdb:// in a folder, "
+        "postgresql://user:$secret.PASSWORD@host:5432/database on a server."
     )
 
 

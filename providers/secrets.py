@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from marketsync.errors import SecretMissing
 from providers.redaction import hide, redact
@@ -69,6 +70,13 @@ class Secrets:
     def fill(self, text: str) -> str:
         """Return the text with every `$secret.NAME` replaced by its value."""
         return SECRET.sub(lambda found: self.get(found[1]), text)
+
+    def fill_url(self, url: str) -> str:
+        """The same for the parts of a URL: what has a meaning in URLs (@ / : # %) is percent-encoded in the values. One
+        `$secret.NAME` that is all of it is a URL already."""
+        if SECRET.fullmatch(url):
+            return self.fill(url)
+        return SECRET.sub(lambda found: quote(self.get(found[1]), safe=""), url)
 
     def missing(self, names: Iterable[str]) -> dict[str, str]:
         """Return the names without a value, each with the sentence that says where to put it."""

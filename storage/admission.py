@@ -98,6 +98,9 @@ def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capab
     elif column.type is ColumnType.DATETIME_NS and not capabilities.nanoseconds:
         if count := int((values.to_physical() % 1000 != 0).sum()):
             refuse(count, "finer than a microsecond", "declare the column datetime or i64, or use another store")
+    elif column.type is ColumnType.STR and not capabilities.nul:
+        if count := int(values.str.contains("\0", literal=True).sum()):
+            refuse(count, "text with a NUL character", "have the provider's data corrected, or use another store")
     elif column.type in _FLOATS and not capabilities.nan and (count := int((~values.is_finite()).sum())):
         refuse(count, "NaN or infinite", "map them to null in the definition, or use another store")
 

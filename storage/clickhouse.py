@@ -42,6 +42,7 @@ CAPABILITIES = Capabilities(
     nanoseconds=True,
     nan=True,
     unsigned_64=True,
+    nul=True,
     evolve=True,
     writers=Writers.ONE_PROCESS,
     why="atomic: a batch that falls into several partitions becomes visible one partition after the other; use "

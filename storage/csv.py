@@ -41,6 +41,7 @@ CAPABILITIES = Capabilities(
     nanoseconds=True,
     nan=True,
     unsigned_64=True,
+    nul=True,
     evolve=True,
     writers=Writers.MANY_PROCESSES,
     why="atomic: a batch for several subjects changes several files one after the other, and a reader may see some of "

@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
     nanoseconds=False,
     nan=True,
     unsigned_64=False,
+    nul=True,
     evolve=True,
     writers=Writers.MANY_PROCESSES,
     why="nanoseconds: Delta timestamps are microseconds; declare the column i64 to keep finer ones. "

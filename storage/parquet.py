@@ -39,6 +39,7 @@ CAPABILITIES = Capabilities(
     nanoseconds=True,
     nan=True,
     unsigned_64=True,
+    nul=True,
     evolve=True,
     writers=Writers.MANY_PROCESSES,
     why="atomic: our own scans see all of a batch or nothing, but another tool that lists the folder while a write is "

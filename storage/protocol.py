@@ -42,6 +42,7 @@ class Capabilities:
     nanoseconds: bool  # keeps DATETIME_NS exactly
     nan: bool  # keeps NaN and infinities apart from null
     unsigned_64: bool  # keeps the whole range of U64
+    nul: bool  # keeps a NUL character in text
     evolve: bool  # columns can be added to a table that has rows
     writers: Writers
     why: str = ""  # for each `False`: one sentence that says why and what to do instead

@@ -14,6 +14,7 @@ ENGINES = {
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
     "parquet": ("storage.parquet", "polars", ""),
+    "postgresql": ("storage.postgres", "adbc_driver_postgresql", "[postgres]"),
 }
 
 

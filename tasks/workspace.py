@@ -87,7 +87,7 @@ class Workspace:
             self._make_state()
             url = f"sqlite:///{self.state / 'ledger.db'}"
         else:
-            url = self.secrets.fill(url)
+            url = self.secrets.fill_url(url)
         return Ledger(url, self.clock)
 
     @cached_property
@@ -121,7 +121,7 @@ class Workspace:
                 if name not in self.loaded.configuration.stores:
                     known = ", ".join(self.loaded.configuration.stores)
                     raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
-                url = self.secrets.fill(self.loaded.store_url(name))
+                url = self.secrets.fill_url(self.loaded.store_url(name))
                 if self._open_store is not None:
                     self._stores[name] = self._open_store(url, name)
                 else:

@@ -58,6 +58,9 @@ class Ended:
         return "\n".join(one["message"] for one in (*self.report["errors"], *self.report["remarks"]))
 
 
+SERVERS = ("mysql", "postgresql")  # whose URLs name no folder
+
+
 @dataclass
 class Place:
     """A folder with an upstream.yml, and the replica that it asks."""
@@ -152,6 +155,8 @@ class Place:
     def url(self, store: str) -> str:
         """A store's URL as any process can open it."""
         scheme, _, place = self.stores[store].partition("://")
+        if scheme in SERVERS:
+            return self.stores[store]
         return f"{scheme}://{(self.folder / place).resolve()}"
 
     def stored(self, dataset: str = "alpaca.daily_bars", store: str = "default") -> pl.DataFrame:

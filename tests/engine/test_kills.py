@@ -115,7 +115,7 @@ def killable(place: Callable[..., Place], store: str, quarters: int) -> Place:
         },
         definition=alpaca_by_month(PAGE_ROWS),
         upstream={"limits": [{"requests": 1_000_000, "per": "minute"}]},
-        stores={"default": f"{store}://./data"},
+        stores={"default": store if "://" in store else f"{store}://./data"},
     )
     return made
 
@@ -142,5 +142,14 @@ def test_what_a_killed_writer_left_half_done_is_swept_by_the_next_run_and_what_a
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("store", "seed"), [("delta", 11), ("parquet", 12), ("csv", 13), ("chdb", 14)])
 def test_a_sync_that_is_killed_fifty_times_loses_no_row_and_repeats_at_most_a_segment_each_time(place, store, seed):
-    met = kill_often(killable(place, store, 60), kills=50, seed=seed)
+    assert_every_phase(kill_often(killable(place, store, 60), kills=50, seed=seed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_so_it_is_with_a_store_that_is_a_server(place, postgres):
+    assert_every_phase(kill_often(killable(place, postgres, 60), kills=50, seed=15))
+
+
+def assert_every_phase(met: dict[str, int]) -> None:
     assert min(met[when] for when in ("starting", "fetching", "delivering or judging")) > 0, met

@@ -61,6 +61,12 @@ def test_filling_replaces_every_secret_and_nothing_else(tmp_path: Path) -> None:
     assert secrets.fill("postgresql://$secret.USER:$secret.PW@host/$db") == "postgresql://me:s3cr3t-word@host/$db"
 
 
+def test_a_secret_in_a_url_may_hold_what_has_a_meaning_there(tmp_path: Path) -> None:
+    secrets = Secrets(tmp_path, environment={"PW": "p@ss/w:rd#%", "URL": "postgresql://me@host/db"})
+    assert secrets.fill_url("postgresql://me:$secret.PW@host/db") == "postgresql://me:p%40ss%2Fw%3Ard%23%25@host/db"
+    assert secrets.fill_url("$secret.URL") == "postgresql://me@host/db"
+
+
 def test_what_was_looked_up_is_in_no_text_any_more(tmp_path: Path) -> None:
     secrets = Secrets(tmp_path, environment={"PW": "s3cr3t/word+1"})
     value = secrets.get("PW")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,18 +24,43 @@ class Place:
 
     scheme: str
     folder: Path
+    address: str = ""  # of a server
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://{self.folder}"
+        return self.address or f"{self.scheme}://{self.folder}"
 
     def open(self) -> Store:
         return open_store(self.url)
 
+    def empty(self, dataset: str) -> None:
+        """Take the dataset's table away behind the store's back."""
+        if self.address:
+            drop_table(self.address, dataset)
+        else:
+            shutil.rmtree(self.folder)
+
+    def beside(self, number: int) -> Place:
+        """Another place of the same engine; on a server the same one, where datasets of other names are others."""
+        return self if self.address else Place(self.scheme, self.folder / str(number))
+
+
+def drop_table(address: str, dataset: str) -> None:
+    """Drop a table as any client could."""
+    import psycopg
+
+    provider, name = dataset.split(".")
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute(f'DROP TABLE "{provider}"."{name}"')  # pyright: ignore[reportArgumentType]
+
+
+SERVERS = {"postgresql": "postgres"}  # scheme: the fixture that gives an empty database
+
 
 @pytest.fixture(params=sorted(ENGINES))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(request.param, tmp_path / "store")
+    server = SERVERS.get(request.param)
+    return Place(request.param, tmp_path / "store", request.getfixturevalue(server) if server else "")
 
 
 @pytest.fixture

@@ -1,0 +1,643 @@
+"""PostgreSQL tables: `postgresql://user@host/database`, written by COPY, read as Arrow by ADBC.
+
+A provider is a schema, a dataset a table with its key as primary key. A batch is one transaction, the lane's `seq` in
+it: rows go by COPY into the table, or into a temporary one from which `ON CONFLICT` takes what is new or differs.
+Marker and schema are the table's comment. Options of the URL are libpq's (sslmode, sslrootcert, ...), and one of ours:
+`partition=month` or `year` cuts tables that are made from then on by the time in their key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+from marketsync.errors import ConfigurationError, QueryRefused, SchemaError, StoreError
+from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
+from storage import admission, evolution, filters, lazyframes, location, statements
+from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
+
+if TYPE_CHECKING:
+    import polars as pl
+    import psycopg
+    import pyarrow as pa
+    from adbc_driver_postgresql import dbapi
+
+CAPABILITIES = Capabilities(
+    atomic=True,
+    transactions=True,
+    nanoseconds=False,
+    nan=True,
+    unsigned_64=True,
+    nul=False,
+    evolve=True,
+    writers=Writers.MANY_PROCESSES,
+    why="nanoseconds: the engine keeps microseconds; declare the column i64 to keep the count of nanoseconds. "
+    "nul: the engine's text ends at a NUL character.",
+)
+
+_COMMITS = "_marketsync_commits"
+_STAGE = "_marketsync_stage"
+_LONGEST_NAME = 63  # bytes; the engine would cut a longer one without a word
+_COPIED_ROWS = 50_000
+_LISTED_SUBJECTS = 1_000
+_PARTITIONS = ("none", "month", "year")
+
+_TYPES = {
+    # bytes decide equality and order, whatever the database's locale
+    ColumnType.STR: 'text COLLATE "C"',
+    ColumnType.BOOL: "boolean",
+    ColumnType.I32: "integer",
+    ColumnType.I64: "bigint",
+    ColumnType.U64: "numeric(20, 0)",
+    ColumnType.F32: "real",
+    ColumnType.F64: "double precision",
+    ColumnType.DATE: "date",
+    ColumnType.DATETIME: "timestamp with time zone",
+    ColumnType.DATETIME_NS: "timestamp with time zone",
+}
+_SYSTEM = {SEGMENT_COLUMN: 'text COLLATE "C"', INGESTED_COLUMN: "timestamp with time zone"}
+_SENT = {ColumnType.F32: "float4send", ColumnType.F64: "float8send"}
+Cursor = Any  # psycopg's own takes texts that are known when the program is written, and tables have names
+# what is wrong with the text of a query: syntax error or access rule violation, data exception
+_NOT_THE_STORE = re.compile(r"42|22|0A|25006")
+
+
+class PostgresStore:
+    """Tables of one database. Threads share one connection for writing, one after the other; each scan has its own."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, url: str, name: str, address: str, partition: str):
+        self.url = url
+        self.name = name
+        self._address = address
+        self._partition = partition
+        self._lock = threading.RLock()
+        self._open: psycopg.Connection | None = None
+        self._closed = False
+
+    # the table: creation, identity, shape
+
+    def ensure(self, dataset: str, schema: Schema) -> str:
+        evolution.check(dataset, schema)
+        self._refuse_long_names(dataset, schema)
+        with self._transaction(f"making the table of {dataset}") as cursor:
+            # two processes that create one table at once would each find it missing
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
+            found = self._described(cursor, dataset)
+            if found is None:
+                marker = uuid.uuid4().hex
+                self._create(cursor, dataset, schema, marker)
+                return marker
+            marker, stored = found
+            if stored != schema:
+                self._evolve(cursor, dataset, stored, schema, marker)
+            return marker
+
+    def marker(self, dataset: str) -> str | None:
+        with self._transaction(f"looking for {dataset}") as cursor:
+            found = self._described(cursor, dataset)
+        return None if found is None else found[0]
+
+    def schema(self, dataset: str) -> Schema | None:
+        with self._transaction(f"looking for {dataset}") as cursor:
+            found = self._described(cursor, dataset)
+        return None if found is None else found[1]
+
+    # writing
+
+    def committed(self, dataset: str, lane: str) -> int:
+        with self._transaction(f"reading the lanes of {dataset}") as cursor:
+            found = self._described(cursor, dataset)
+            return 0 if found is None else _committed(cursor, dataset, found[0], lane)
+
+    def write(self, batch: Batch) -> Written:
+        dataset = batch.dataset
+        with self._transaction(f"writing to {dataset}") as cursor:
+            marker, schema = self._table(cursor, dataset)
+            if _committed(cursor, dataset, marker, batch.lane) >= batch.seq:
+                return Written(already=True)
+            frame, absent = self._admitted(dataset, batch.frame, batch.schema, schema)
+            written = Written()
+            if frame.height:
+                self._make_partitions(cursor, dataset, schema, frame)
+                if batch.mode is Mode.APPEND:
+                    self._copy(cursor, _table_name(dataset), frame)
+                    written = Written(inserted=frame.height)
+                else:
+                    self._stage(cursor, dataset, frame)
+                    written = self._upsert(cursor, dataset, schema, frame.height, absent)
+            _commit(cursor, dataset, marker, batch.lane, batch.seq)
+            return written
+
+    def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
+        with self._transaction(f"replacing rows of {dataset}") as cursor:
+            _, stored = self._table(cursor, dataset)
+            put, absent = self._admitted(dataset, frame, schema, stored)
+            inside = filters.expression(dataset, span, stored)
+            if inside is not None and (outside := put.filter(~inside).height):
+                raise SchemaError(
+                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
+                )
+            self._make_partitions(cursor, dataset, stored, put)
+            self._stage(cursor, dataset, put)
+            same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in stored.key)
+            gone = [*self._where(dataset, stored, span), f"NOT EXISTS (SELECT FROM {_STAGE} s WHERE {same})"]
+            deleted = cursor.execute(f"DELETE FROM {_table_name(dataset)} t {_all(gone)}").rowcount
+            written = self._upsert(cursor, dataset, stored, put.height, absent)
+            return written + Written(deleted=deleted)
+
+    def delete(self, dataset: str, filter: Filter) -> int:
+        with self._transaction(f"deleting rows of {dataset}") as cursor:
+            _, schema = self._table(cursor, dataset)
+            where = self._where(dataset, schema, filter)
+            return cursor.execute(f"DELETE FROM {_table_name(dataset)} {_all(where)}").rowcount
+
+    # reading
+
+    def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
+        import polars as pl
+        from polars.io.plugins import register_io_source
+
+        with self._transaction(f"reading {dataset}") as cursor:
+            _, schema = self._table(cursor, dataset)
+        types = schema.polars(system=True)
+        names = filters.columns(dataset, filter, schema)
+        where = self._where(dataset, schema, filter)
+
+        def rows(
+            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
+        ) -> Iterator[pl.DataFrame]:
+            asked = list(columns) if columns is not None else names
+            if predicate is not None:
+                asked = list(dict.fromkeys([*asked, *predicate.meta.root_names()]))
+            # polars wants to hear of the columns at least once, and counts rows by any column
+            shown = asked or names[:1]
+            said = f"SELECT {', '.join(map(_quoted, shown))} FROM {_table_name(dataset)} {_all(where)}"
+            if limit is not None and predicate is None:
+                said += f" LIMIT {limit}"
+            left = limit
+            given = False
+            for frame in self._frames(said, f"reading {dataset}"):
+                part = _typed(frame, {name: types[name] for name in shown})
+                if predicate is not None:
+                    part = part.filter(predicate)
+                part = part.select(asked if columns is None else columns)
+                if left is not None:
+                    part = part.head(left)
+                    left -= part.height
+                given = True
+                yield part
+                if left == 0:
+                    return
+            if not given:
+                yield pl.DataFrame(schema={name: types[name] for name in (asked if columns is None else columns)})
+
+        return register_io_source(rows, schema=pl.Schema({name: types[name] for name in names}))
+
+    def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
+        return lazyframes.arrow(self.scan(dataset, filter))
+
+    def watermarks(self, dataset: str) -> dict[str, datetime | date]:
+        with self._transaction(f"reading the watermarks of {dataset}") as cursor:
+            _, schema = self._table(cursor, dataset)
+            if schema.time is None:
+                raise SchemaError(f"{dataset} has no time column, so it has no watermarks")
+            table, time = _table_name(dataset), _quoted(schema.time)
+            if schema.subject is None:
+                newest = cursor.execute(f"SELECT max({time}) FROM {table}").fetchone()
+                return {} if newest is None or newest[0] is None else {lazyframes.EVERY_SUBJECT: _utc(newest[0])}
+            subject = _quoted(schema.subject)
+            if tuple(schema.key[:2]) == (schema.subject, schema.time):
+                # one probe of the primary key for each subject, however many rows it has
+                said = (
+                    f"WITH RECURSIVE each AS ((SELECT {subject} AS s FROM {table} ORDER BY 1 LIMIT 1) UNION ALL "
+                    f"SELECT (SELECT {subject} FROM {table} WHERE {subject} > each.s ORDER BY 1 LIMIT 1) FROM each "
+                    f"WHERE each.s IS NOT NULL) SELECT s, (SELECT max({time}) FROM {table} WHERE {subject} = each.s) "
+                    "FROM each WHERE s IS NOT NULL"
+                )
+            else:
+                said = f"SELECT {subject}, max({time}) FROM {table} GROUP BY {subject}"
+            return {
+                each: _utc(newest) for each, newest in cursor.execute(said) if each is not None and newest is not None
+            }
+
+    def count(self, dataset: str, filter: Filter = Filter()) -> int:
+        with self._transaction(f"counting the rows of {dataset}") as cursor:
+            _, schema = self._table(cursor, dataset)
+            where = self._where(dataset, schema, filter)
+            return _one(cursor, f"SELECT count(*) FROM {_table_name(dataset)} {_all(where)}")
+
+    # the rest
+
+    def datasets(self) -> list[str]:
+        with self._transaction("listing the tables") as cursor:
+            found = cursor.execute(
+                "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+                "WHERE c.relkind IN ('r', 'p') AND obj_description(c.oid, 'pg_class') LIKE '{\"marketsync\":%%' "
+                "ORDER BY 1, 2"
+            )
+            return [f"{provider}.{name}" for provider, name in found]
+
+    def info(self, dataset: str) -> TableInfo:
+        rows = self.count(dataset)
+        with self._transaction(f"measuring {dataset}") as cursor:
+            found = cursor.execute(
+                "SELECT sum(pg_total_relation_size(relid))::bigint, count(*) FILTER (WHERE isleaf) "
+                "FROM pg_partition_tree(%s::regclass)",
+                [_table_name(dataset)],
+            ).fetchone()
+            size, parts = found or (None, 0)
+            if size is None:
+                size = _one(cursor, "SELECT pg_total_relation_size(%s::regclass)", [_table_name(dataset)])
+        return TableInfo(
+            dataset,
+            rows=rows,
+            bytes=int(size),
+            files=max(1, int(parts)),
+            commits=None,
+            location=f"{self.url}: {_table_name(dataset)}",
+        )
+
+    def query(self, sql: str) -> pl.DataFrame:
+        import polars as pl
+        import pyarrow as pa
+
+        said = statements.question(sql)
+        try:
+            found = list(self._frames(said, "a query", read_only=True))
+        except StoreError as error:
+            state = getattr(error.__cause__, "sqlstate", None) or ""
+            if _NOT_THE_STORE.match(state) or isinstance(error.__cause__, pa.ArrowInvalid):
+                raise QueryRefused(f"{error}. Tables here: {', '.join(self.datasets()) or 'none'}") from error
+            raise
+        return pl.concat(found) if found else pl.DataFrame()
+
+    def maintain(self, dataset: str) -> str:
+        with self._lock, self._told(f"vacuuming {dataset}"):
+            with self._transaction(f"vacuuming {dataset}") as cursor:
+                self._table(cursor, dataset)
+            connection = self._connection()
+            connection.autocommit = True
+            try:
+                cursor: Cursor = connection.cursor()
+                cursor.execute(f"VACUUM (ANALYZE) {_table_name(dataset)}")
+            finally:
+                connection.autocommit = False
+        return f"{dataset}: vacuumed and analysed"
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._open is not None:
+                self._open.close()
+                self._open = None
+
+    # how it is done
+
+    def _connection(self) -> psycopg.Connection:
+        import psycopg
+
+        if self._closed:
+            raise StoreError(f"the store {self.url} was closed; open it again")
+        if self._open is None or self._open.closed or self._open.broken:
+            self._open = psycopg.connect(self._address)
+            self._open.execute("SET TimeZone = 'UTC'; SET standard_conforming_strings = on")
+            self._open.commit()
+        return self._open
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Turn what the driver raises into a `StoreError` that says what was being done, and where."""
+        import psycopg
+
+        try:
+            yield
+        except psycopg.Error as error:
+            why = " ".join(str(error).split())
+            unreachable = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+            remedy = "; is the server up, and does the URL name its host, database and user?" if unreachable else ""
+            raise StoreError(f"PostgreSQL {self.url}, {what}: {why}{remedy}") from error
+
+    @contextmanager
+    def _transaction(self, what: str) -> Iterator[Cursor]:
+        with self._lock, self._told(what):
+            connection = self._connection()
+            with connection.transaction(), connection.cursor() as cursor:
+                yield cursor
+
+    def _frames(self, sql: str, what: str, *, read_only: bool = False) -> Iterator[pl.DataFrame]:
+        """Yield the rows of a statement as they come from the server, in batches."""
+        import pyarrow as pa
+        from adbc_driver_manager import Error
+
+        try:
+            with _adbc(self._address) as connection, connection.cursor() as cursor:
+                if read_only:
+                    cursor.execute("SET default_transaction_read_only = on")
+                    connection.commit()
+                cursor.execute(sql)
+                reader = cursor.fetch_record_batch()
+                given = False
+                for part in reader:
+                    given = True
+                    yield _plain(pa.Table.from_batches([part]))
+                if not given:
+                    yield _plain(reader.schema.empty_table())
+        except (Error, pa.ArrowException) as error:  # the latter while rows are coming
+            why = " ".join(str(error).split())
+            raise StoreError(f"PostgreSQL {self.url}, {what}: {why}") from error
+
+    def _described(self, cursor: Cursor, dataset: str) -> tuple[str, Schema] | None:
+        """Return the table's marker and schema; None when there is no table."""
+        found = cursor.execute(
+            "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = %s AND c.relname = %s",
+            location.split(dataset),
+        ).fetchone()
+        if found is None:
+            return None
+        try:
+            comment = json.loads(found[0])
+            return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"the table {_table_name(dataset)} in {self.url} was not made by MarketSync; rename it "
+                f"(ALTER TABLE ... RENAME TO ...), and {dataset} will be made and filled"
+            ) from error
+
+    def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:
+        found = self._described(cursor, dataset)
+        if found is None:
+            raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
+        return found
+
+    def _refuse_long_names(self, dataset: str, schema: Schema) -> None:
+        for name in (*location.split(dataset), *schema.names):
+            if len(name.encode()) > _LONGEST_NAME:
+                raise SchemaError(
+                    f"{dataset} cannot become a table in PostgreSQL: the name {name!r} is longer than "
+                    f"{_LONGEST_NAME} bytes, to which the engine would cut it; rename it in the definition (as: ...)"
+                )
+
+    def _create(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
+        provider, _ = location.split(dataset)
+        must = evolution.required(schema)
+        columns = [_column(column, column.name in must) for column in schema.columns]
+        columns += [f"{_quoted(name)} {type_} NOT NULL" for name, type_ in _SYSTEM.items()]
+        key = ", ".join(map(_quoted, schema.key))
+        cut = ""
+        if self._partition != "none" and schema.time is not None and schema.time in schema.key:
+            cut = f"PARTITION BY RANGE ({_quoted(schema.time)})"
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{provider}"])
+        cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {_quoted(provider)}")
+        cursor.execute(
+            f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} "
+            '(marker text NOT NULL, lane text COLLATE "C" NOT NULL, seq bigint NOT NULL, PRIMARY KEY (marker, lane))'
+        )
+        cursor.execute(f"CREATE TABLE {_table_name(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {cut}")
+        self._describe(cursor, dataset, schema, marker)
+
+    def _describe(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
+        comment = f'{{"marketsync": {json.dumps(marker)}, "schema": {evolution.to_text(schema)}}}'
+        cursor.execute(f"COMMENT ON TABLE {_table_name(dataset)} IS {_literal(comment)}")
+
+    def _evolve(self, cursor: Cursor, dataset: str, stored: Schema, schema: Schema, marker: str) -> None:
+        table = _table_name(dataset)
+        for column in evolution.added(dataset, stored, schema):
+            cursor.execute(f"ALTER TABLE {table} ADD COLUMN {_column(column, False)}")
+        now = evolution.required(schema)
+        for name in evolution.required(stored):
+            if name not in now:
+                cursor.execute(f"ALTER TABLE {table} ALTER COLUMN {_quoted(name)} DROP NOT NULL")
+        self._describe(cursor, dataset, schema, marker)
+
+    def _admitted(
+        self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
+    ) -> tuple[pl.DataFrame, list[str]]:
+        return evolution.fit(dataset, admission.admit(dataset, frame, sent, self.capabilities), sent, stored)
+
+    def _make_partitions(self, cursor: Cursor, dataset: str, schema: Schema, frame: pl.DataFrame) -> None:
+        """Make the partitions that the frame's rows belong to, where the table is cut."""
+        if schema.time is None or frame.is_empty() or not _partitioned(cursor, dataset):
+            return
+        import polars as pl
+
+        provider, name = location.split(dataset)
+        # a table that was cut by month stays so, whatever the URL says now
+        made = {
+            row[0]
+            for row in cursor.execute(
+                "SELECT relid::text FROM pg_partition_tree(%s::regclass) WHERE isleaf", [_table_name(dataset)]
+            )
+        }
+        every = "1y" if any(re.search(r"_p\d{4}\"?$", each) for each in made) else None
+        every = every or ("1mo" if made or self._partition == "month" else "1y")
+        starts = frame.select(pl.col(schema.time).cast(pl.Date).dt.truncate(every).unique().sort()).to_series()
+        for start in starts:
+            label = f"{start:%Y}" if every == "1y" else f"{start:%Y_%m}"
+            after = _later(start, years=every == "1y")
+            part = f"{_quoted(provider)}.{_quoted(f'{name}_p{label}')}"
+            zone = "" if schema[schema.time].type is ColumnType.DATE else " 00:00+00"
+            cursor.execute(
+                f"CREATE TABLE IF NOT EXISTS {part} PARTITION OF {_table_name(dataset)} "
+                f"FOR VALUES FROM ('{start}{zone}') TO ('{after}{zone}')"
+            )
+
+    def _stage(self, cursor: Cursor, dataset: str, frame: pl.DataFrame) -> None:
+        names = ", ".join(map(_quoted, frame.columns))
+        cursor.execute(f"DROP TABLE IF EXISTS {_STAGE}")
+        cursor.execute(
+            f"CREATE TEMPORARY TABLE {_STAGE} ON COMMIT DROP AS SELECT {names} FROM {_table_name(dataset)} WITH NO DATA"
+        )
+        self._copy(cursor, _STAGE, frame)
+
+    def _copy(self, cursor: Cursor, table: str, frame: pl.DataFrame) -> None:
+        names = ", ".join(map(_quoted, frame.columns))
+        with cursor.copy(f"COPY {table} ({names}) FROM STDIN (FORMAT csv)") as copy:
+            for part in frame.iter_slices(_COPIED_ROWS):
+                copy.write(
+                    part.write_csv(
+                        include_header=False, quote_style="non_numeric", datetime_format="%Y-%m-%d %H:%M:%S%.6f+00"
+                    ).encode()
+                )
+
+    def _upsert(self, cursor: Cursor, dataset: str, schema: Schema, rows: int, absent: Sequence[str]) -> Written:
+        """Take from the stage what is new or differs; rows that are equal stay as they are."""
+        known = [column for column in schema.columns if column.name not in absent]
+        names = [*(column.name for column in known), *SYSTEM_COLUMNS]
+        listed = ", ".join(map(_quoted, names))
+        values = [column for column in known if column.name not in schema.key]
+        key = ", ".join(map(_quoted, schema.key))
+        if values:
+            changes = ", ".join(
+                f"{_quoted(name)} = EXCLUDED.{_quoted(name)}" for name in names if name not in schema.key
+            )
+            action = f"DO UPDATE SET {changes} WHERE {' OR '.join(map(_differs, values))}"
+        else:
+            action = "DO NOTHING"
+        # in the order of the key, so that two writers of the same rows wait for one another and never both
+        put = (
+            f"INSERT INTO {_table_name(dataset)} AS t ({listed}) SELECT {listed} FROM {_STAGE} "
+            f"ORDER BY {key} ON CONFLICT ({key}) {action}"
+        )
+        cursor.execute(f"ANALYZE {_STAGE}")
+        if _partitioned(cursor, dataset):
+            # what tells a new row from a changed one cannot be asked of a table with partitions
+            same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in schema.key)
+            inserted = _one(
+                cursor,
+                f"SELECT count(*) FROM {_STAGE} s WHERE NOT EXISTS (SELECT FROM {_table_name(dataset)} t WHERE {same})",
+            )
+            updated = max(0, cursor.execute(put).rowcount - inserted)
+        else:
+            found = cursor.execute(
+                f"WITH put AS ({put} RETURNING (xmax = 0) AS fresh) "
+                "SELECT count(*) FILTER (WHERE fresh), count(*) FILTER (WHERE NOT fresh) FROM put"
+            ).fetchone()
+            inserted, updated = found or (0, 0)
+        return Written(inserted, updated, rows - inserted - updated)
+
+    def _where(self, dataset: str, schema: Schema, filter: Filter) -> list[str]:
+        since, until = filters.bounds(dataset, filter, schema)
+        subjects = filters.subjects(dataset, filter, schema)
+        where: list[str] = []
+        if since is not None:
+            where.append(f"{_quoted(schema.time)} >= {_instant(since, schema)}")
+        if until is not None:
+            where.append(f"{_quoted(schema.time)} < {_instant(until, schema)}")
+        if subjects is not None:
+            listed = ", ".join(_literal(each) for each in subjects if "\0" not in each)
+            where.append(f"{_quoted(schema.subject)} IN ({listed})" if listed else "false")
+        return where
+
+
+def open_url(url: str, name: str) -> PostgresStore:
+    """Open `postgresql://user:password@host:port/database`; raises `ConfigurationError` for a URL that names none."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    partition = options.pop("partition", "none")
+    if partition not in _PARTITIONS:
+        raise ConfigurationError(f"the store {name}: partition={partition!r} is none of {', '.join(_PARTITIONS)}")
+    if not parts.path.strip("/"):
+        raise ConfigurationError(f"the store {name} names no database: write postgresql://user@host:5432/database")
+    options.setdefault("connect_timeout", "10")
+    options.setdefault("application_name", "marketsync")
+    query = urlencode(options, quote_via=quote)
+    address = urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
+    host = parts.netloc.rpartition("@")[2]
+    return PostgresStore(f"postgresql://{host}{parts.path}", name, address, partition)
+
+
+def _adbc(address: str) -> dbapi.Connection:
+    from adbc_driver_postgresql import dbapi
+
+    return dbapi.connect(address, autocommit=False)
+
+
+def _partitioned(cursor: Cursor, dataset: str) -> bool:
+    kind = cursor.execute("SELECT relkind FROM pg_class WHERE oid = %s::regclass", [_table_name(dataset)]).fetchone()
+    return kind is not None and kind[0] == "p"
+
+
+def _committed(cursor: Cursor, dataset: str, marker: str, lane: str) -> int:
+    provider, _ = location.split(dataset)
+    found = cursor.execute(
+        f"SELECT seq FROM {_quoted(provider)}.{_COMMITS} WHERE marker = %s AND lane = %s", [marker, lane]
+    ).fetchone()
+    return 0 if found is None else int(found[0])
+
+
+def _commit(cursor: Cursor, dataset: str, marker: str, lane: str, seq: int) -> None:
+    provider, _ = location.split(dataset)
+    cursor.execute(
+        f"INSERT INTO {_quoted(provider)}.{_COMMITS} AS t (marker, lane, seq) VALUES (%s, %s, %s) "
+        "ON CONFLICT (marker, lane) DO UPDATE SET seq = EXCLUDED.seq WHERE t.seq < EXCLUDED.seq",
+        [marker, lane, seq],
+    )
+
+
+def _plain(table: pa.Table) -> pl.DataFrame:
+    """Return Arrow rows for polars: what Arrow has no type for (numeric among it) comes as text."""
+    import polars as pl
+    import pyarrow as pa
+
+    for index, field in enumerate(table.schema):
+        if isinstance(field.type, pa.BaseExtensionType):
+            column = table.column(index)
+            plain = pa.chunked_array([chunk.storage for chunk in column.chunks], type=field.type.storage_type)
+            table = table.set_column(index, field.name, plain)
+    return pl.DataFrame(pl.from_arrow(table))
+
+
+def _typed(frame: pl.DataFrame, types: dict[str, pl.DataType]) -> pl.DataFrame:
+    """Return the frame with the schema's types: numbers beyond 64 bits come as text, times in the session's zone."""
+    import polars as pl
+
+    casts = []
+    for name, type_ in types.items():
+        if isinstance(type_, pl.Datetime) and isinstance(frame.schema[name], pl.Datetime):
+            casts.append(pl.col(name).dt.convert_time_zone("UTC").cast(type_))
+        else:
+            casts.append(pl.col(name).cast(type_))
+    return frame.select(casts)
+
+
+def _differs(column: Column) -> str:
+    old, new = f"t.{_quoted(column.name)}", f"EXCLUDED.{_quoted(column.name)}"
+    said = f"{old} IS DISTINCT FROM {new}"
+    if send := _SENT.get(column.type):
+        # to the engine 0.0 and -0.0 are equal; their bytes are not
+        said = f"({said} OR ({new} = 0 AND {send}({old}) <> {send}({new})))"
+    return said
+
+
+def _column(column: Column, required: bool) -> str:
+    return f"{_quoted(column.name)} {_TYPES[column.type]}{' NOT NULL' if required else ''}"
+
+
+def _table_name(dataset: str) -> str:
+    return ".".join(_quoted(part) for part in location.split(dataset))
+
+
+def _quoted(name: str | None) -> str:
+    escaped = (name or "").replace('"', '""')
+    return f'"{escaped}"'
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("'", "''")
+    return f"'{escaped}'"
+
+
+def _all(conditions: Sequence[str]) -> str:
+    return f"WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _one(cursor: Cursor, sql: str, values: Sequence[Any] = ()) -> int:
+    found = cursor.execute(sql, values or None).fetchone()
+    return 0 if found is None or found[0] is None else int(found[0])
+
+
+def _later(start: date, *, years: bool) -> date:
+    if years:
+        return date(start.year + 1, 1, 1)
+    return (start.replace(day=28) + timedelta(days=4)).replace(day=1)
+
+
+def _utc(value: Any) -> date | datetime:
+    return value.astimezone(UTC) if isinstance(value, datetime) else value
+
+
+def _instant(value: date | datetime, schema: Schema) -> str:
+    if schema[schema.time or ""].type is ColumnType.DATE:
+        return f"DATE '{value.isoformat()}'"
+    assert isinstance(value, datetime)
+    return f"TIMESTAMPTZ '{value.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'microseconds')}+00'"

@@ -1,0 +1,207 @@
+"""What only PostgreSQL has: a server, its partitions, its passwords, its other tables. The rest is in conformance."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import polars as pl
+import psycopg
+import pytest
+from stored_frames import BARS, SESSIONS, bars, batch, stamped
+
+from marketsync.errors import ConfigurationError, QueryRefused, SchemaError, StoreError
+from marketsync.schema import Column, ColumnType, Schema
+from storage.postgres import PostgresStore, open_url
+from storage.protocol import Filter, Written
+
+DATASET = "made.bars"
+
+
+@pytest.fixture
+def store(postgres: str) -> Iterator[PostgresStore]:
+    opened = open_url(postgres, "pg")
+    yield opened
+    opened.close()
+
+
+def asked(url: str, sql: str) -> list[tuple]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        found = connection.execute(sql)  # pyright: ignore[reportArgumentType]
+        return found.fetchall() if found.description else []
+
+
+def test_a_table_is_what_a_person_would_have_made(store, postgres):
+    store.ensure(DATASET, BARS)
+    columns = asked(
+        postgres,
+        "SELECT column_name, data_type, is_nullable FROM information_schema.columns "
+        "WHERE table_schema = 'made' AND table_name = 'bars' ORDER BY ordinal_position",
+    )
+    assert columns == [
+        ("symbol", "text", "NO"),
+        ("ts", "timestamp with time zone", "NO"),
+        ("close", "double precision", "YES"),
+        ("volume", "bigint", "YES"),
+        ("_segment", "text", "NO"),
+        ("_ingested_at", "timestamp with time zone", "NO"),
+    ]
+    assert asked(postgres, "SELECT indexdef FROM pg_indexes WHERE tablename = 'bars'")[0][0].endswith("(symbol, ts)")
+
+
+@pytest.mark.parametrize(("cut", "parts"), [("month", ["bars_p2001_01", "bars_p2001_02"]), ("year", ["bars_p2001"])])
+def test_a_table_is_cut_by_the_time_in_its_key_where_the_url_says_so(postgres, cut, parts):
+    store = open_url(f"{postgres}?partition={cut}", "pg")
+    store.ensure(DATASET, BARS)
+    assert store.write(batch(DATASET, bars(rows=96), 1)) == Written(inserted=192)
+    assert store.write(batch(DATASET, bars(rows=96, add=1.0), 2)) == Written(updated=192)
+    assert store.replace(DATASET, BARS, bars(("NA",), rows=96), Filter(["NA"])) == Written(updated=96)
+    found = asked(postgres, "SELECT relid::text FROM pg_partition_tree('made.bars') WHERE isleaf ORDER BY 1")
+    assert found == [(f"made.{part}",) for part in parts]
+    assert store.info(DATASET).files == len(parts)
+    store.close()
+    # the URL speaks of tables that are made from now on
+    again = open_url(postgres, "pg")
+    assert again.datasets() == [DATASET]
+    later = bars(first=24 * 400, rows=2)
+    assert again.write(batch(DATASET, later, 3)) == Written(inserted=4)
+    assert again.count(DATASET) == 196
+    again.close()
+
+
+def test_a_table_is_also_cut_by_a_date(postgres):
+    store = open_url(f"{postgres}?partition=year", "pg")
+    store.ensure("made.sessions", SESSIONS)
+    days = pl.DataFrame({"day": [date(2000, 12, 31), date(2001, 1, 1)], "open": [False, True]})
+    store.write(batch("made.sessions", stamped(days), schema=SESSIONS))
+    assert store.info("made.sessions").files == 2
+    assert store.scan("made.sessions").collect().sort("day").equals(days)
+    store.close()
+
+
+def test_a_table_that_somebody_else_made_is_left_alone(store, postgres):
+    asked(postgres, "CREATE SCHEMA made")
+    asked(postgres, "CREATE TABLE made.bars (symbol text)")
+    for act in (lambda: store.ensure(DATASET, BARS), lambda: store.marker(DATASET)):
+        with pytest.raises(StoreError, match="was not made by MarketSync; rename it"):
+            act()
+    assert store.datasets() == []
+
+
+@pytest.mark.parametrize("name", ["c" * 64, "é" * 32])
+def test_a_name_that_the_engine_would_cut_is_refused(store, name):
+    schema = Schema((*BARS.columns, Column(name, ColumnType.F64)), BARS.key, BARS.time, BARS.subject)
+    with pytest.raises(SchemaError, match="longer than 63 bytes"):
+        store.ensure(DATASET, schema)
+
+
+def test_reserved_words_quotes_and_percent_signs_are_names_like_others(store):
+    names = ["select", "User", 'odd"one', "per%cent", "%s"]
+    schema = Schema(tuple(Column(name, ColumnType.I64) for name in names), ("select",))
+    store.ensure("made.odd", schema)
+    frame = pl.DataFrame({name: [number] for number, name in enumerate(names)})
+    store.write(batch("made.odd", stamped(frame), schema=schema))
+    assert store.scan("made.odd").collect().equals(frame)
+
+
+def test_a_question_may_change_nothing(store, postgres):
+    store.ensure(DATASET, BARS)
+    store.write(batch(DATASET, bars()))
+    asked(
+        postgres,
+        "CREATE FUNCTION public.sweep() RETURNS int LANGUAGE plpgsql AS "
+        f"$$ BEGIN DELETE FROM {DATASET}; RETURN 1; END $$",
+    )
+    for sql in (f"WITH gone AS (DELETE FROM {DATASET} RETURNING 1) SELECT * FROM gone", "SELECT public.sweep()"):
+        with pytest.raises(QueryRefused, match=r"a query only reads|read-only transaction"):
+            store.query(sql)
+    assert store.count(DATASET) == 96
+
+
+def test_a_question_about_a_table_that_is_not_there_is_told_which_are(store):
+    store.ensure(DATASET, BARS)
+    with pytest.raises(QueryRefused, match=r"nothing.*Tables here: made\.bars"):
+        store.query("SELECT * FROM made.nothing")
+
+
+def test_what_arrow_has_no_type_for_comes_as_text(store):
+    found = store.query("SELECT 12345678901234567890.5::numeric AS n, 1::int AS i, NULL::numeric AS none")
+    assert found.row(0) == ("12345678901234567890.5", 1, None)
+
+
+def test_a_lost_connection_is_told_and_the_next_call_has_another(store, postgres):
+    store.ensure(DATASET, BARS)
+    asked(postgres, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'marketsync'")
+    with pytest.raises(StoreError, match=r"writing to made\.bars"):
+        store.write(batch(DATASET, bars()))
+    assert store.committed(DATASET, "lane") == 0
+    assert store.write(batch(DATASET, bars())) == Written(inserted=96)
+
+
+def test_a_server_that_is_not_there_is_named_with_what_to_look_at_and_without_the_password():
+    store = open_url("postgresql://me:pa55word@127.0.0.1:1/market?sslmode=disable", "pg")
+    assert store.url == "postgresql://127.0.0.1:1/market"
+    with pytest.raises(StoreError, match=re.escape("PostgreSQL postgresql://127.0.0.1:1/market")) as refused:
+        store.ensure(DATASET, BARS)
+    assert "is the server up" in str(refused.value)
+    assert "pa55word" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://host", "names no database"),
+        ("postgresql://host/", "names no database"),
+        ("postgresql://host/db?partition=week", "'week' is none of none, month, year"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused_when_it_is_opened(url, words):
+    with pytest.raises(ConfigurationError, match=words):
+        open_url(url, "pg")
+
+
+def test_an_option_that_libpq_does_not_know_is_told(postgres):
+    store = open_url(f"{postgres}?sslmood=require", "pg")
+    with pytest.raises(StoreError, match="sslmood"):
+        store.datasets()
+
+
+def test_threads_share_a_store(store):
+    store.ensure(DATASET, BARS)
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for seq in range(1, 5):
+                frame = bars((f"S{number}",), first=seq * 100, segment=f"{number}-{seq}")
+                store.write(batch(DATASET, frame, seq, lane=f"lane {number}"))
+                assert store.scan(DATASET, Filter([f"S{number}"])).collect().height == seq * 48
+        except BaseException as error:  # noqa: BLE001 - told by the test's own thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert store.count(DATASET) == 4 * 4 * 48
+
+
+def test_a_scan_that_is_left_holds_nothing_up(store):
+    store.ensure(DATASET, BARS)
+    store.write(batch(DATASET, bars(rows=2000)))
+    first = next(store.arrow(DATASET))
+    assert first.num_rows > 0
+    store.maintain(DATASET)
+    assert store.delete(DATASET, Filter(since=datetime(2001, 2, 1, tzinfo=UTC))) > 0
+
+
+def test_a_table_lives_in_the_database_that_the_url_names(store, postgres, tmp_path: Path):
+    store.ensure(DATASET, BARS)
+    other = open_url(postgres.rsplit("/", 1)[0] + "/postgres", "other")
+    assert DATASET not in other.datasets()
+    other.close()
