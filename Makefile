@@ -87,7 +87,10 @@ deploy: env-all ## put the deployments of prefect.yaml on that server
 	@mkdir -p $(PREFECT_HOME)
 	scripts/deploy.sh
 
-lock: env-quickstart ## resolve requirements/*.txt again (UPGRADE=1 takes newer versions)
+# an environment that is there stays as it is: it would be brought to the old locks, only to have the new ones next
+$(BIN)/uv:
+	@$(MAKE) --no-print-directory env-quickstart
+lock: | $(BIN)/uv ## resolve requirements/*.txt again (UPGRADE=1 takes newer versions)
 	UPGRADE=$(UPGRADE) scripts/lock.sh
 
 clean: ## remove what the targets made, .venv too
