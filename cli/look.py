@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Config, Json
-from cli.output import many, put, put_json, say
+from cli.output import many, put, put_json, put_object, say
 from marketsync.errors import ConfigurationError
 
 
@@ -36,28 +37,32 @@ def status(
     from tasks.inquiry import status as ask
     from tasks.workspace import open_workspace
 
+    if watch and as_json:
+        raise ConfigurationError("--watch and --json exclude one another: --json prints one object, and ends")
     workspace = open_workspace(config)
     names = [plan] if plan else list(workspace.loaded.configuration.plans)
-    while True:
-        found = [ask(workspace, name, owed=owed) for name in names]
-        if as_json:
-            put_json(asdict(found[0]) if plan else {"plans": [asdict(one) for one in found]})
-        else:
-            if watch:
-                put("\033[2J\033[H")
-            for one in found:
-                _show(one)
-        if not watch:
-            return
-        try:
+    try:
+        while True:
+            found = [ask(workspace, name, owed=owed) for name in names]
+            if as_json:
+                put_json(asdict(found[0]) if plan else {"plans": [asdict(one) for one in found]})
+            else:
+                if watch:
+                    put("\033[2J\033[H")
+                for one in found:
+                    _show(one)
+            if not watch:
+                return
+            sys.stdout.flush()  # where it is piped, too
             time.sleep(2.0)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:
+        if not watch:
+            raise
 
 
 def _show(one) -> None:
     state = "running" if one.running else (one.last_state or "never run")
-    wanted = "" if one.desired == "run" else f", {one.desired}d by hand"
+    wanted = {"pause": ", paused by hand", "cancel": ", cancelled by hand"}.get(one.desired, "")
     resumes = f", goes on after {one.resume_at:%Y-%m-%d %H:%M} UTC" if one.resume_at else ""
     put(f"{one.plan}: {state}{wanted}{resumes}")
     for part in one.datasets:
@@ -108,7 +113,7 @@ def report(
             raise ConfigurationError(f"the report cannot be written to {html}: {error.strerror}") from None
         say(f"written: {html}")
     if as_json:
-        put(found.to_json())
+        put_object(found.to_json())
     elif markdown:
         from marketsync.rendering.markdown import markdown as page
 

@@ -54,6 +54,12 @@ def main() -> None:
     # before anything else, since imports take most of a short command's time
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(hang_up, _stop)
+    _open_closed_streams()
+    if "cli.output" in sys.modules:  # main is called again in one process
+        sys.modules["cli.output"].answered = False
     import gc
     import logging
 
@@ -70,6 +76,8 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == _TYPER_INTERRUPTED:
             sys.exit(_interrupted())
+        if ended.code == ExitCode.CONFIGURATION:  # Typer has said on stderr what is wrong with the arguments
+            _failed_as_json(["the arguments are wrong: stderr says which; --help lists what the command takes"])
         raise
     except ConfigurationError as error:
         for problem in error.problems:
@@ -86,9 +94,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(int(ExitCode.DONE))
     except Exception as error:
-        message = _of_the_machine(error)
-        if message is None:
-            raise
+        message = _of_the_machine(error) or _unforeseen(error)
         sys.stderr.write(f"{message}\n")
         _failed_as_json([message])
         sys.exit(int(ExitCode.FAILED))
@@ -117,15 +123,60 @@ def _of_the_machine(error: Exception) -> str | None:
     return f"{what}; check that the path is right, who owns it, and its permissions"
 
 
+def _unforeseen(error: Exception) -> str:
+    """Keep the details of an error that nobody foresaw, without secrets, and return what to tell of it."""
+    import os
+    import tempfile
+    import time
+    import traceback
+    from pathlib import Path
+
+    from providers.redaction import redact
+
+    details = redact("".join(traceback.format_exception(error)))
+    if os.environ.get("MARKETSYNC_DEBUG"):
+        sys.stderr.write(details)
+    workspaces = sys.modules.get("tasks.workspace")
+    known = workspaces.state_folders() if workspaces is not None else []
+    where = "could not be kept: MARKETSYNC_DEBUG=1 shows them"
+    for folder in (*known, Path(tempfile.gettempdir())):
+        path = folder / f"error-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.txt"
+        try:
+            path.write_text(details, encoding="utf-8")
+        except OSError:
+            continue
+        where = f"are in {path}, and MARKETSYNC_DEBUG=1 shows them here"
+        break
+    said = " ".join(redact(str(error)).split())
+    what = type(error).__name__ + (f": {said[:_SHOWN]}" if said else "")
+    return f"marketsync failed where it should not ({what}); the details {where}: please report them"
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without stdout or stderr (a daemon's child) a place to write to."""
+    import os
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as the process
+
+
+def _answered() -> bool:
+    """Whether the one object of --json is printed, or being printed."""
+    output = sys.modules.get("cli.output")
+    return output is not None and output.answered
+
+
 def _failed_as_json(messages: list[str], state: str = "failed") -> None:
     """Keep the promise of --json when there is nothing else to print: one object on stdout."""
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and not _answered():
         import json
 
         sys.stdout.write(json.dumps({"state": state, "errors": [{"message": one} for one in messages]}) + "\n")
 
 
 _asked = 0
+_SHOWN = 300  # characters of an error that nobody foresaw
 _TYPER_INTERRUPTED = 130  # what Typer makes of a KeyboardInterrupt
 _GRACE_SECONDS = 3.0  # from the second signal until the process ends, whatever it is doing
 
@@ -134,6 +185,8 @@ def _stop(number: int, frame: object) -> None:
     """End a run well at its next page: what was fetched is sealed and delivered. A second signal ends it at once."""
     global _asked
     _asked += 1
+    if _answered() and _asked == 1:
+        return  # all is done but the printing, and half an object is none
     watch = sys.modules.get("tasks.watch")
     if _asked == 1 and watch is not None and watch.interrupt_all():
         sys.stderr.write("stopping at the next page (again to stop at once)\n")
@@ -147,7 +200,8 @@ def _stop(number: int, frame: object) -> None:
         timer.start()
     elif _asked > 2:
         _leave()
-    raise KeyboardInterrupt
+    if not _answered():
+        raise KeyboardInterrupt
 
 
 def _interrupted() -> int:
@@ -164,7 +218,8 @@ def _leave() -> None:
     import os
 
     code = _interrupted()
-    sys.stdout.flush()
+    if not _answered():  # else the main thread may be in the middle of writing it
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import date, datetime
 from pathlib import Path
@@ -29,9 +30,33 @@ def make_folder(folder: Path) -> None:
         raise ConfigurationError(f"{folder} cannot be made a folder: {error.strerror}; name another one") from None
 
 
+answered = False  # whether the one object of --json is printed, or being printed
+
+
 def put_json(value: Any) -> None:
-    """Print one JSON object on stdout and nothing else."""
-    put(json.dumps(value, indent=2, default=_plain, ensure_ascii=False))
+    """Print one JSON object on stdout and nothing else. JSON has no NaN and no infinity: they are null."""
+    try:
+        text = json.dumps(value, indent=2, default=_plain, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=2, default=_plain, ensure_ascii=False)
+    put_object(text)
+
+
+def put_object(text: str) -> None:
+    """Print the one JSON object of a command, given as text. From here on a signal no longer cuts it short."""
+    global answered
+    answered = True
+    put(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value
 
 
 def _plain(value: Any) -> Any:

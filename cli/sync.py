@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Config, Json
-from cli.output import length, many, put, put_json, say
+from cli.output import length, many, put, put_json, put_object, say
 from marketsync.errors import ConfigurationError
 
 
@@ -77,7 +77,7 @@ def sync(
         with Progress(path, quiet=as_json) as progress:
             reports = run(path, plans, options, wait=wait, told=say, begun=progress.begun)
     if as_json:
-        put(reports_as_json(reports))
+        put_object(reports_as_json(reports))
     else:
         from marketsync.rendering.terminal import show
 

@@ -231,6 +231,11 @@ def open_workspace(path: str | Path) -> Workspace:
         return _open[key]
 
 
+def state_folders() -> list[Path]:
+    """Return the state folders of the process's open workspaces, as far as there are any."""
+    return [workspace.state for workspace in _open.values() if workspace.state.is_dir()]
+
+
 def close_workspaces() -> None:
     """Close every workspace of the process."""
     with _opening:

@@ -94,10 +94,11 @@ def test_a_command_that_is_stopped_before_anything_is_under_way_says_so_and_ends
         assert ended(process) == (int(ExitCode.PAUSED), "", "stopped\n")
 
 
-def test_one_signal_ends_a_run_at_its_next_page_with_4_and_what_it_has(tmp_path, slow):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_ends_a_run_at_its_next_page_with_4_and_what_it_has(tmp_path, slow, number):
     process = started(tmp_path, "sync", "--json")
     assert slow.asked.wait(PATIENCE_SECONDS)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     until(process, "stopping at the next page")
     slow.let_go.set()
     code, out, _ = ended(process)
@@ -117,6 +118,36 @@ def test_a_second_signal_ends_it_at_once_with_4_and_a_later_run_goes_on(tmp_path
     assert json.loads(out) == {"state": "paused", "errors": [{"message": "stopped by a signal"}]}
     slow.let_go.set()
     code, out, _ = ended(started(tmp_path, "sync", "--json"))
+    assert (code, json.loads(out)["rows"]["inserted"]) == (0, 3)
+
+
+def test_signals_that_come_while_the_object_is_printed_neither_cut_it_short_nor_add_another(tmp_path):
+    # nobody reads: the pipe is full, and the command is in the middle of its object
+    (tmp_path / "upstream.yml").write_text("plans:\n" + "".join(f"  p{n}: {{since: x}}\n" for n in range(600)))
+    process = started(tmp_path, "check", "--json")
+    assert process.stdout is not None
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = ended(process)
+    assert len(json.loads(first.decode() + out)["files"][0]["problems"]) > 600
+    assert code == int(ExitCode.CONFIGURATION)
+
+
+def test_a_run_under_nohup_is_not_ended_by_a_closed_terminal(tmp_path, slow):
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "cli", "sync", "--json"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+    )
+    assert slow.asked.wait(PATIENCE_SECONDS)
+    process.send_signal(signal.SIGHUP)
+    slow.let_go.set()
+    code, out, _ = ended(process)
     assert (code, json.loads(out)["rows"]["inserted"]) == (0, 3)
 
 

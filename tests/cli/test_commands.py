@@ -279,6 +279,16 @@ def test_query_runs_sql_over_any_store(synced, replica):
     assert "2 rows from default" in shown.stderr
 
 
+def test_a_query_as_json_is_json_even_where_a_value_is_not_finite(synced):
+    sql = "SELECT CAST('NaN' AS DOUBLE) AS a, CAST('-inf' AS DOUBLE) AS b, CAST('1.5' AS DOUBLE) AS c FROM alpaca.daily_bars LIMIT 1"
+
+    def refuse(word: str):
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(synced.done("query", sql, "--json"), parse_constant=refuse)
+    assert found["rows"] == [{"a": None, "b": None, "c": 1.5}]
+
+
 # ---------------------------------------------------------------- plans
 
 
@@ -313,6 +323,7 @@ def test_a_plan_that_was_added_by_hand_can_be_paused_resumed_and_cancelled(fresh
     assert len(replica.log) == before
     assert "paused by hand" in fresh.done("status", "mine")
     fresh.done("cancel", "mine")
+    assert "cancelled by hand" in fresh.done("status", "mine")
     fresh.done("resume", "mine")
     assert fresh.object("sync", "mine")["state"] == "completed"
 
@@ -374,6 +385,7 @@ WRONG = [
     (["sync", "daily", "--prefect", "--local"], "--prefect and --local", "exclude"),
     (["sync", "daily", "--only", "NOPE"], "NOPE", ""),
     (["sync", "daily", "--frobnicate"], "--frobnicate", ""),
+    (["status", "--watch", "--json"], "--watch and --json", "one object"),
     (["frobnicate"], "frobnicate", ""),
     (["estimate", "nosuch"], "nosuch", "daily"),
     (["status", "nosuch"], "nosuch", "daily"),
@@ -461,6 +473,78 @@ def test_a_secret_without_a_value_names_both_places_for_it(fresh):
     assert "ALPACA_KEY_ID" in ended.stderr
     assert ".secrets" in ended.stderr
     assert json.loads(ended.stdout)["errors"]
+
+
+def test_arguments_that_are_wrong_are_told_in_an_object_too(fresh):
+    ended = fresh.run("sync", "daily", "--frobnicate", "--json")
+    assert ended.returncode == 2
+    assert "--frobnicate" in ended.stderr
+    assert json.loads(ended.stdout)["errors"]
+
+
+# ---------------------------------------------------------------- what nobody foresaw
+
+UNFORESEEN = """
+import sys
+from cli.main import main
+import tasks.inquiry
+from providers.redaction import hide
+def status(*_, **__):
+    hide(["sesame-sesame"])
+    raise ZeroDivisionError("of http://host/?q=sesame-sesame")
+tasks.inquiry.status = status
+sys.argv = ["marketsync", *sys.argv[1:]]
+main()
+"""
+
+
+def unforeseen(project: Project, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `marketsync status` where it fails as nobody foresaw, with a secret in the words."""
+    return subprocess.run(
+        [sys.executable, "-c", UNFORESEEN, "status", *arguments],
+        cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_names_the_file_that_keeps_the_details(own):
+    ended = unforeseen(own, "--json")
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "ZeroDivisionError" in line
+    assert "MARKETSYNC_DEBUG=1" in line
+    assert json.loads(ended.stdout)["errors"] == [{"message": line}]
+    (kept,) = (own.folder / ".marketsync").glob("error-*.txt")
+    assert str(kept) in line
+    details = kept.read_text(encoding="utf-8")
+    assert "Traceback" in details
+    assert "sesame" not in details + ended.stderr + ended.stdout
+
+
+def test_the_traceback_of_such_an_error_is_shown_to_who_asks_for_it(own):
+    ended = unforeseen(own, MARKETSYNC_DEBUG="1")
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "sesame" not in ended.stderr
+
+
+def test_a_command_whose_output_was_closed_does_its_work_all_the_same(fresh):
+    done = subprocess.run(
+        f"{sys.executable} -m cli sync daily >&- 2>&-; echo $?",
+        shell=True,
+        cwd=fresh.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "0\n"
+    assert fresh.object("status", "daily")["datasets"][0]["rows"] == ROWS
 
 
 def test_a_sync_that_has_nothing_to_ask_loads_no_heavy_library(own):
