@@ -101,7 +101,7 @@ def refresh(venv: Path, asked: str, *, project: bool) -> None:
         install(python, venv, lock)
         stamp.write_text(json.dumps({**locked, "project": None}))
     if project:
-        install_project(python)
+        install_project(create(venv))  # out of an environment that uv made, uv has just taken pip
     stamp.write_text(json.dumps({**locked, "project": installed}))
 
 
