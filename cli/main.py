@@ -59,7 +59,7 @@ def main() -> None:
         signal.signal(hang_up, _stop)
     _open_closed_streams()
     if "cli.output" in sys.modules:  # main is called again in one process
-        sys.modules["cli.output"].answered = False
+        vars(sys.modules["cli.output"])["answered"] = False
     import gc
     import logging
 
@@ -93,7 +93,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(int(ExitCode.DONE))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, a person is told in a line
         message = _of_the_machine(error) or _unforeseen(error)
         sys.stderr.write(f"{message}\n")
         _failed_as_json([message])

@@ -12,12 +12,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from marketsync.coverage import Interval, merged
 from marketsync.definition import Verdict
-from marketsync.errors import ExitCode, Interrupted, MarketSyncError, StoreError, gravest
+from marketsync.errors import ExitCode, MarketSyncError, StoreError, gravest
 from marketsync.ledger import Desired, RunRow
 from marketsync.report import (
     DatasetReport,
@@ -160,8 +160,8 @@ def _parents(workspace: Workspace, dataset: str) -> list[str]:
 def _told(workspace: Workspace, plan: str, options: Options) -> Options:
     if options.retry_failed:
         for dataset in workspace.plan(plan).datasets:
-            subject = options.only[0] if len(options.only) == 1 else None
-            workspace.ledger.retry(plan, dataset, subject)
+            for subject in options.only or (None,):
+                workspace.ledger.retry(plan, dataset, subject)
     return options
 
 
@@ -543,29 +543,44 @@ def sync(
     reports: list[RunReport] = []
     with Sync() as syncing:
         for name in names:
+            now, refetched_since = options, None
             while True:
-                report = run_once(path, name, options, begun=begun, workers=workers)
+                report = run_once(path, name, now, begun=begun, workers=workers, refetched_since=refetched_since)
                 waiting = report.state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
                 if not (wait and waiting and report.resume_at is not None):
                     break
                 seconds = max(1.0, (report.resume_at - workspace.clock.now()).total_seconds() + 1.0)
                 told(f"{name}: waiting until {report.resume_at:%Y-%m-%d %H:%M:%S} UTC, then going on")
-                try:
-                    _sleep(workspace, name, seconds)
-                except Interrupted:
-                    report = replace(report, state=RunState.PAUSED)
+                if (stop := _sleep(workspace, name, seconds)) is not None:
+                    report = _ended_waiting(workspace, report, stop)
                     break
+                # What the runs before have asked again, or what was refused again, is not to be asked once more.
+                refetched_since = refetched_since or report.started
+                now = replace(options, retry_failed=False)
             reports.append(report)
             if syncing.interrupted:
                 break
     return reports
 
 
-def _sleep(workspace: Workspace, plan: str, seconds: float) -> None:
-    """Sleep through a quota, hearing the user's word."""
+def _sleep(workspace: Workspace, plan: str, seconds: float) -> Stop | None:
+    """Sleep through a quota, hearing the user's word; return it when it was to stop."""
     with Watch(workspace.ledger, plan, workspace.owner, workspace.clock) as watch:
         workspace.clock.sleep(seconds, watch.wake)
-        watch.check()
+        return watch.stop
+
+
+def _ended_waiting(workspace: Workspace, report: RunReport, stop: Stop) -> RunReport:
+    """Return the report of a run that was told to stop while it slept, and keep it so."""
+    state = RunState.CANCELLED if stop is Stop.CANCEL else RunState.PAUSED
+    if state is RunState.CANCELLED:
+        workspace.ledger.cancel_work(report.plan)
+    remarks = (*report.remarks, _why_stopped(report.plan, workspace.path, stop))
+    report = replace(report, state=state, remarks=remarks, resume_at=None, ended=workspace.clock.now())
+    report = replace(report, next_steps=suggested(report))
+    keep(workspace, report)
+    workspace.ledger.close_run(report.run, str(state), {"requests": report.requests.sent, "rows": report.rows.fetched})
+    return report
 
 
 def run_once(
@@ -575,9 +590,13 @@ def run_once(
     *,
     begun: Callable[[RunRow], None] = lambda _: None,
     workers: int = 4,
+    refetched_since: datetime | None = None,
 ) -> RunReport:
-    """Run one plan once on threads of this process."""
+    """Run one plan once on threads of this process. With `refetched_since`, what was asked since then is not asked
+    again by a run that fetches again: it goes on with one that had to wait."""
     run, state = begin(config, plan)
+    if options.refetch and refetched_since is not None:
+        run = replace(run, started=refetched_since)
     try:
         begun(run)
         if state is not None:

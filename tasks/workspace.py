@@ -383,9 +383,10 @@ class Scope:
 
     @cached_property
     def failed_spans(self) -> dict[str, list[Interval]]:
-        """With `retry_failed`: what failed or was dropped, by subject."""
+        """With `retry_failed`: what failed or was dropped, by subject; also where it was asked again, and had to wait or
+        was not come to."""
         result: dict[str, list[Interval]] = {}
-        states = [WorkState.FAILED, WorkState.DROPPED, WorkState.OWED]
+        states = [WorkState.FAILED, WorkState.DROPPED, WorkState.OWED, WorkState.WAITING]
         for row in self.ledger.works(dataset=self.dataset, plan=self.plan_name, states=states, limit=1_000_000):
             for subject in row.subjects.split("\n"):
                 result.setdefault(subject, []).append(Interval(row.start, row.end))

@@ -280,7 +280,7 @@ def test_query_runs_sql_over_any_store(synced, replica):
 
 
 def test_a_query_as_json_is_json_even_where_a_value_is_not_finite(synced):
-    sql = "SELECT CAST('NaN' AS DOUBLE) AS a, CAST('-inf' AS DOUBLE) AS b, CAST('1.5' AS DOUBLE) AS c FROM alpaca.daily_bars LIMIT 1"
+    sql = "SELECT CAST('NaN' AS DOUBLE) AS a, CAST('-inf' AS DOUBLE) AS b, CAST('1.5' AS DOUBLE) AS c"
 
     def refuse(word: str):
         raise AssertionError(f"{word} is no JSON")

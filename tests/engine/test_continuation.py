@@ -3,6 +3,7 @@ where it stood, and a store that is new from its sibling. The replica's log is t
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from tasks.workspace import Options
 SYMBOLS = ["AAPL", "GOOG", "IBM", "MSFT"]
 FIRST, LAST = date(2000, 3, 1), date(2013, 3, 1)
 PLAN = {"datasets": ["alpaca.daily_bars"], "universe": SYMBOLS, "since": str(FIRST), "until": str(LAST)}
+
+
+def starts(log: list[dict]) -> list[str]:
+    """The first instant of every request."""
+    return [entry["request"]["params"]["start"] for entry in log]
 
 
 def firsts(log: list[dict]) -> dict[str, str]:
@@ -176,6 +182,51 @@ def test_what_is_fetched_again_is_there_once_and_as_it_is_now(place):
 
 
 # ---------------------------------------------------------------- without a request
+
+
+def test_fetching_again_through_quotas_asks_for_everything_once_and_comes_to_an_end(place):
+    here = place()
+    upstream = {"limits": [{"requests": 4, "per": "3 seconds"}], "tuning": {"threads": 1, "max_wait": "1 second"}}
+    here.write(
+        {"datasets": ["alpaca.daily_bars"], "universe": ["IBM"], "since": "2010-01-01", "until": "2010-10-31"},
+        definition=alpaca_by_month(1000),
+        upstream=upstream,
+    )
+    assert here.sync("--wait").code == 0
+    assert here.requests == 10
+    process = here.start("--refetch", "--wait")
+    try:
+        eventually(lambda: process.poll() is not None or here.requests > 20, "the end of the run")
+        assert here.requests == 20
+    finally:
+        process.terminate()
+        run = ended(process)
+    assert (run.code, run.state) == (0, "completed")
+    assert sorted(starts(here.log[10:])) == sorted(starts(here.log[:10]))
+
+
+@pytest.mark.parametrize(("word", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_run_that_is_stopped_while_it_sleeps_through_a_quota_says_by_whom_and_is_no_longer_waiting(
+    place, word, state
+):
+    here = place()
+    upstream = {"limits": [{"requests": 1, "per": "day"}], "tuning": {"threads": 1}}
+    here.write(
+        {"datasets": ["alpaca.daily_bars"], "universe": ["IBM"], "since": "2010-01-01", "until": "2010-03-31"},
+        definition=alpaca_by_month(1000),
+        upstream=upstream,
+    )
+    process = here.start("--wait")
+    assert process.stderr is not None
+    while "waiting until" not in (line := process.stderr.readline()):
+        assert line, "it ended without a word"
+    here.run(word, "p")
+    run = ended(process)
+    assert (run.code, run.state, run.report["resume_at"]) == (4, state, None)
+    assert f"{state} by hand" in run.words
+    (plan,) = json.loads(here.run("status", "--json").stdout)["plans"]
+    assert (plan["last_state"], plan["running"]) == (state, False)
+    assert "waiting" not in json.dumps(plan["datasets"]) or word == "pause"
 
 
 def test_a_store_that_is_added_is_filled_from_its_sibling_without_a_request(place):

@@ -47,6 +47,17 @@ def test_what_was_refused_stays_a_finding_is_not_asked_again_by_itself_and_is_wh
     assert here.sync().code == 0
 
 
+def test_only_those_refused_symbols_that_are_named_are_asked_again_then_or_later(place):
+    here = place()
+    here.write({**PLAN, "universe": ["AAPL", "IB$M", "MSF#T", "GO+OG"]})
+    assert here.sync().report["work"]["dropped"] == 3
+    before = here.requests
+    here.sync("--retry-failed", "--only", "IB$M", "--only", "MSF#T")
+    assert set(",".join(symbols_asked(here.log[before:])).split(",")) == {"IB$M", "MSF#T"}
+    before = here.requests
+    assert (here.sync().sent, here.requests) == (0, before)
+
+
 def test_a_refusal_that_means_every_request_is_not_asked_for_each_symbol(place):
     here = place(data="generated:100x64:1Day")
     names = list(here.replica.market.symbols)
