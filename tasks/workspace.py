@@ -383,7 +383,7 @@ class Scope:
 
     @cached_property
     def failed_spans(self) -> dict[str, list[Interval]]:
-        """With `retry_failed`: what failed or was dropped, by subject; also where it was asked again, and had to wait or
+        """With `retry_failed`: what failed or was dropped, by subject; also where it was asked again and had to wait or
         was not come to."""
         result: dict[str, list[Interval]] = {}
         states = [WorkState.FAILED, WorkState.DROPPED, WorkState.OWED, WorkState.WAITING]
