@@ -291,12 +291,16 @@ def deliver_owed(
         try:
             # Read again under the hold: its former owner may have delivered meanwhile.
             segments = ledger.owed_deliveries(target.store_id, dataset, host, lane)
-            lost = [s.segment_id for s in segments if s.path is not None and not spool.has(s.path)]
-            if lost:
-                ledger.lose(lost)
-                words = f"{len(lost)} segment files are gone from {spool.root}; what they held is asked again"
-                tally.note(Note("lost", dataset, target.store_id, words))
-                segments = [segment for segment in segments if segment.segment_id not in lost]
+            troubles = {s.segment_id: _trouble(spool, s.path) for s in segments if s.path is not None}
+            for trouble in ("gone from", "damaged in"):
+                lost = [segment for segment in segments if troubles.get(segment.segment_id) == trouble]
+                if lost:
+                    ledger.lose([segment.segment_id for segment in lost])
+                    spool.remove([segment.path for segment in lost if segment.path is not None])
+                    files = "1 segment file is" if len(lost) == 1 else f"{len(lost)} segment files are"
+                    words = f"{files} {trouble} {spool.root}; what was in it is asked again"
+                    tally.note(Note("lost", dataset, target.store_id, words))
+            segments = [segment for segment in segments if not troubles.get(segment.segment_id)]
             pairs: list[tuple[Segment, None]] = [(segment, None) for segment in segments]
             for batch in _batches(pairs, batch_rows):
                 if not ledger.keep_hold(hold, owner, HOLD_SECONDS):
@@ -309,6 +313,22 @@ def deliver_owed(
         finally:
             ledger.let_go(hold, owner)
     return delivered
+
+
+def _trouble(spool: Spool, path: str) -> str:
+    """Return what keeps a segment file from being read: that it is gone, or damaged; nothing when it can be read."""
+    import polars as pl
+
+    if not spool.has(path):
+        return "gone from"
+    if not (spool.root / path).stat().st_size:
+        return "damaged in"
+    try:
+        spool.read(path)
+    except pl.exceptions.PolarsError as error:
+        log.warning("segment %s cannot be read: %s", path, error)
+        return "damaged in"
+    return ""
 
 
 def fill_from_siblings(

@@ -396,6 +396,14 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         )
         for note in dict.fromkeys(notes)
     ]
+    told = {note.message for note in notes}
+    remarks.extend(
+        # found when the rows were judged, after every step of the run
+        Remark(kind="store", dataset=part.dataset, subject=part.store, message=part.state)
+        for outcome in outcomes
+        for part in outcome.judged
+        if part.state and part.store not in down and part.state not in told
+    )
     remarks.extend(_why_stopped(plan, workspace.path, reason) for reason in sorted(stopped))
     for outcome in outcomes:
         if outcome.prepared is not None and outcome.prepared.new_columns:

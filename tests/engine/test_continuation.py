@@ -261,6 +261,36 @@ def test_what_waits_in_the_spool_is_delivered_although_the_host_has_another_name
     assert made.spooled() == []
 
 
+@pytest.mark.parametrize("left", [0, 100, 2000], ids=["nothing", "the head", "most"])
+def test_a_spooled_file_that_was_cut_short_is_asked_again_and_holds_nothing_else_up(place, left):
+    here = place()
+    plan = {**PLAN, "since": "2010-01-01", "until": "2010-12-31", "segment": {"requests": 1}}
+    here.write(plan, definition=alpaca_by_month(1000), stores={"default": "parquet://./data"})
+    (here.folder / "data").write_text("where the store's folder should be")
+    assert here.sync().code == 1
+    (here.folder / "data").unlink()
+    before = here.requests
+    damaged = max(here.spooled())
+    damaged.write_bytes(damaged.read_bytes()[:left])
+    run = here.sync()
+    assert (run.code, here.requests - before) == (0, 1), run.stderr
+    assert "1 segment file is damaged" in run.words
+    assert here.bars().equals(here.source(SYMBOLS, date(2010, 1, 1), date(2010, 12, 31)))
+    assert not here.spooled()
+
+
+def test_a_table_that_turns_out_to_be_damaged_when_it_is_judged_is_an_error_of_the_run(place):
+    here = place()
+    here.write(PLAN)
+    assert here.sync().code == 0
+    min((here.folder / "data").rglob("*.parquet")).unlink()
+    run = here.sync()
+    assert (run.code, run.state) == (1, "failed")
+    (error,) = run.report["errors"]
+    assert (error["dataset"], error["subject"]) == ("alpaca.daily_bars", "default")
+    assert "is missing; put the files back from a backup" in error["message"]
+
+
 def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
     def quickstart() -> str:
         done = subprocess.run(
