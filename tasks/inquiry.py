@@ -371,9 +371,9 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
             try:
                 store = workspace.store(store_id)
                 if store.marker(scope.dataset) is not None:
-                    marks = store.watermarks(scope.dataset)
-                    watermark = max((mark.isoformat() for mark in marks.values()), default=None)
                     count = store.count(scope.dataset)
+                    marks = store.watermarks(scope.dataset) if scope.schema.time is not None else {}
+                    watermark = max((mark.isoformat() for mark in marks.values()), default=None)
             except Exception as error:  # noqa: BLE001 - a store that is down is part of the answer
                 problem = str(error)
             rows.append(
@@ -530,10 +530,9 @@ def _explain_in(
             continue
         found[store_id] = rows
         if rows:
+            of = f" of {subject}" if scope.spec.subject_column is not None else ""
             on = "" if day is None else f" on {day}"
-            lines.append(
-                f"{store_id} has {_many(rows)} of {subject}{on}; the first came with segment {rows[0]['_segment']}."
-            )
+            lines.append(f"{store_id} has {_many(rows)}{of}{on}; the first came with segment {rows[0]['_segment']}.")
         else:
             about = subject if day is None else f"{subject} for {day}"
             why = reason or _why_none(scope, store_id, about, asked_as, pieces, works)
@@ -578,6 +577,14 @@ def _why_none(
     """Return why a store has no row that was wanted: what was answered, or what became of the request."""
     answers = {piece.answer for piece in pieces}
     if Answer.ROWS in answers or Answer.EMPTY in answers:
+        segments = {
+            segment.segment_id: segment for row in works for segment, _ in scope.ledger.segments_of(row.work_id)
+        }
+        if aside := sum(segment.quarantined for segment in segments.values()):
+            return (
+                f"the provider was asked, and gave no row of {about} unless it is among the {aside:,} that were set "
+                f"aside, in {scope.workspace.state}/quarantine/{scope.dataset}/ with the reason"
+            )
         return f"the provider was asked and gave no row of {about}"
     if Answer.NOT_YET in answers:
         return "it was not published when it was asked for; the next run asks again"

@@ -360,7 +360,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
             one = of_store.get(part.store, Written())
             rows = replace(of_dataset, inserted=one.inserted, updated=one.updated, unchanged=one.unchanged)
             judged.append(replace(part, rows=rows, state=down.get(part.store, part.state)))
-    findings = any(part.judgement is not None and part.judgement.findings for part in judged)
+    findings = counts.quarantined > 0 or any(part.judgement is not None and part.judgement.findings for part in judged)
     work = WorkCounts(
         units=counts.units,
         done=counts.done - counts.empty - counts.not_yet,
@@ -406,6 +406,15 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
     )
     remarks.extend(_why_stopped(plan, workspace.path, reason) for reason in sorted(stopped))
     for outcome in outcomes:
+        set_aside = sum(part.counts.quarantined for part in outcome.fetched)
+        if set_aside:
+            rows = "1 row was" if set_aside == 1 else f"{set_aside:,} rows were"
+            where = workspace.state / "quarantine" / outcome.dataset
+            message = (
+                f"{rows} set aside: each is in {where} with the reason; when the definition is mended, "
+                f"`marketsync sync {plan} --refetch` asks for them again"
+            )
+            remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, message=message))
         if outcome.prepared is not None and outcome.prepared.new_columns:
             names = ", ".join(outcome.prepared.new_columns)
             remarks.append(

@@ -187,7 +187,7 @@ def test_rows_that_name_no_symbol_are_told_as_such(place):
     place.sync("lists")
     lines = explained(place, "acme.facts", "anything", None)
     assert lines[1] == "acme.facts has no column for a symbol: what is told here is true of all its rows."
-    assert "has 1 row of anything" in lines[-1]
+    assert lines[-1].startswith("default has 1 row; the first came with segment")
 
 
 def test_rows_with_a_time_need_a_day_and_a_dataset_must_be_there(place):
@@ -378,6 +378,24 @@ def test_a_full_disk_is_told_as_such_and_a_wrong_place_as_usage(place):
 
 
 # ---------------------------------------------------------------- a table whose file was overwritten
+
+
+def test_a_list_is_counted_although_it_has_no_times(place):
+    assert place.sync("lists") is RunState.COMPLETED
+    parts = {part.dataset: part for part in inquiry.status(place.workspace(), "lists").datasets}
+    assert (parts["acme.codes"].rows, parts["acme.codes"].watermark, parts["acme.codes"].problem) == (2, None, "")
+
+
+def test_a_day_whose_row_was_set_aside_is_not_said_to_have_had_none(place):
+    place.server.routes["/bars"] = place.gives(b'[{"day": "2020-03-02", "close": "n/a"}]')
+    (report,) = sync(place.config, ["bars"], Options(only=("A",)))
+    assert (report.rows.quarantined, report.state) == (1, RunState.COMPLETED_WITH_FINDINGS)
+    (remark,) = [one for one in report.remarks if one.kind == "quarantined"]
+    assert remark.message.startswith("1 row was set aside")
+    assert "marketsync sync bars --refetch" in remark.message
+    last = inquiry.explain(place.workspace(), "acme.bars", "A", date(2020, 3, 2)).lines[-1]
+    assert "the 1 that were set aside" in last
+    assert "quarantine/acme.bars" in last
 
 
 def test_a_damaged_table_is_told_by_every_question_and_fails_the_run(place):

@@ -386,6 +386,7 @@ class FakeStore:
             transactions=disk.transactional,
             nanoseconds=True,
             nan=True,
+            nul=True,
             unsigned_64=True,
             evolve=True,
             writers=Writers.MANY_PROCESSES,

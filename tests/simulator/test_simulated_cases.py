@@ -312,7 +312,9 @@ def test_bad_and_repeated_rows_are_accounted_for_and_set_aside():
         twice=frozenset({("A", 3), ("A", 4)}),
     )
     with World(settings, source) as world:
-        report = completed(world)
+        report = ran(world)
+        assert report.state is RunState.COMPLETED_WITH_FINDINGS
+        assert "2 rows were set aside" in next(one.message for one in report.remarks if one.kind == "quarantined")
         assert (report.rows.fetched, report.rows.inserted) == (26, 22)
         assert (report.rows.duplicates, report.rows.quarantined) == (2, 2)
         world.check_done()
