@@ -1,40 +1,35 @@
-"""ClickHouse tables: `chdb://./folder` runs the engine inside this process, through clickhouse-connect and chDB.
+"""ClickHouse tables on a server: `clickhouse://user@host:8123/`, over HTTP through clickhouse-connect.
 
 A provider is a database, a dataset a `ReplacingMergeTree` ordered by the key and cut by the period of the time column.
 Every write is an insert: a changed row is a later version of its key, a deleted row a version that says so. Reads are
 `FINAL`, which shows the last version. A batch is inserted first and its lane's `seq` after it, so a batch that comes
 again after a crash adds versions that say the same. Marker and schema are the table's comment.
 
-chDB serves one process, and in it one folder at a time: `_engine` counts the stores of a folder in this process, and
-an owner lock in the folder names the process that has it. Nothing of this works in a fork of that process.
+The tables of the engine inside this process (`storage/chdb.py`) are the same, and are made and used here, too.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from marketsync.errors import QueryRefused, SchemaError, StoreBusy, StoreError
+from marketsync.errors import ConfigurationError, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location, locks, statements
+from storage import admission, classify, evolution, filters, lazyframes, location, statements
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
     from clickhouse_connect.driver.client import Client
-    from filelock import FileLock
 
 CAPABILITIES = Capabilities(
     atomic=False,
@@ -44,14 +39,12 @@ CAPABILITIES = Capabilities(
     unsigned_64=True,
     nul=True,
     evolve=True,
-    writers=Writers.ONE_PROCESS,
+    writers=Writers.MANY_PROCESSES,
     why="atomic: a batch that falls into several partitions becomes visible one partition after the other; use "
     "delta:// when others read while we write. "
-    "transactions: the engine has none for several statements; a batch is repeated until it is whole. "
-    "writers: the engine inside a process has its folder for itself; use one process, delta://, or a server.",
+    "transactions: the engine has none for several statements; a batch is repeated until it is whole.",
 )
 
-_LOCK = "_marketsync.lock"
 _COMMITS = "_marketsync_commits"
 _VERSION = "_version"
 _DELETED = "_deleted"
@@ -82,10 +75,23 @@ _SYSTEM = (
 )
 _PARTITION = {Period.DAY: "toYYYYMMDD", Period.MONTH: "toYYYYMM", Period.YEAR: "toYear"}
 _DURABLE = "fsync_after_insert = 1, fsync_part_directory = 1"
-_SETTINGS = {
+SETTINGS = {
     "max_partitions_per_insert_block": 0,
     "max_query_size": 64 * 1024 * 1024,
     "output_format_arrow_string_as_string": 1,
+}
+# 2: the engine itself allows reading only, and settings of a statement's own
+READING_SETTINGS = {**SETTINGS, "final": 1, "readonly": 2}
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_OPTIONS = {
+    "secure": lambda text: _TRUTH[text.lower()],
+    "verify": lambda text: _TRUTH[text.lower()],
+    "ca_cert": str,
+    "client_cert": str,
+    "client_cert_key": str,
+    "server_host_name": str,
+    "connect_timeout": int,
+    "send_receive_timeout": int,
 }
 # what is wrong with the text of a query, as the engine names it
 _NOT_THE_STORE = re.compile(
@@ -94,44 +100,65 @@ _NOT_THE_STORE = re.compile(
 )
 
 
-@dataclass
-class _Engine:
-    """The engine of this process, with how many stores use it; `guard` lets one write at a time decide and insert."""
+class Server:
+    """A ClickHouse that is reached over HTTP. Connects when it is first asked; `guard` lets one thread at a time decide
+    what to insert, and insert it."""
 
-    folder: Path
-    client: Client
-    owner: FileLock
-    process: int
-    stores: int = 0
-    guard: threading.RLock = field(default_factory=threading.RLock)
-    versions: dict[str, int] = field(default_factory=dict)
+    def __init__(self, place: str, options: dict[str, Any]):
+        self.place = place  # as messages call it
+        self.guard = threading.RLock()
+        self.versions: dict[str, int] = {}  # table name: the last version that was written here
+        self._options = options
+        self._connecting = threading.Lock()
+        self._clients: dict[bool, Client] = {}
+        self._closed = False
 
+    def client(self, *, reads: bool = False) -> Client:
+        """Return the client, or the one that `reads` only; raises `StoreError` when the store was closed."""
+        with self._connecting:
+            if self._closed:
+                raise StoreError(f"the store {self.place} was closed; open it again")
+            if reads not in self._clients:
+                import clickhouse_connect
 
-_engine: _Engine | None = None
-_engine_lock = threading.Lock()
+                settings = READING_SETTINGS if reads else SETTINGS
+                with told(f"a connection to {self.place}; is it up, and does the URL name its host and user?"):
+                    self._clients[reads] = clickhouse_connect.get_client(**self._options, settings=settings)
+            return self._clients[reads]
+
+    def microseconds(self) -> int:
+        """Return the time on the server's clock, which all of its writers share."""
+        return int(self.client().command("SELECT toUnixTimestamp64Micro(now64(6))"))  # pyright: ignore[reportArgumentType]
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        with self._connecting:
+            self._closed = True
+            for client in self._clients.values():
+                client.close()
+            self._clients.clear()
 
 
 class ClickHouseStore:
-    """Tables in one engine. Safe for several threads of the process that has it."""
+    """Tables in one engine, a server or `storage.chdb`. Safe for several threads."""
 
-    capabilities = CAPABILITIES
-
-    def __init__(self, url: str, name: str, engine: _Engine):
+    def __init__(self, url: str, name: str, engine: Server, capabilities: Capabilities = CAPABILITIES):
         self.url = url
         self.name = name
-        self._held: _Engine | None = engine
+        self.capabilities = capabilities
+        self._engine = engine
 
     # the table: creation, identity, shape
 
     def ensure(self, dataset: str, schema: Schema) -> str:
         evolution.check(dataset, schema)
         self._refuse_own_names(dataset, schema)
-        with self._engine().guard:
+        with self._engine.guard:
             found = self._described(dataset)
             if found is None:
                 marker = uuid.uuid4().hex
                 self._create(dataset, schema, marker)
-                return marker
+                found = self._table(dataset)
             marker, stored = found
             if stored != schema:
                 self._evolve(dataset, stored, schema, marker)
@@ -153,7 +180,7 @@ class ClickHouseStore:
 
     def write(self, batch: Batch) -> Written:
         dataset = batch.dataset
-        with self._engine().guard:
+        with self._engine.guard:
             marker, schema = self._table(dataset)
             if self._committed(dataset, marker, batch.lane) >= batch.seq:
                 return Written(already=True)
@@ -173,7 +200,7 @@ class ClickHouseStore:
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         import polars as pl
 
-        with self._engine().guard:
+        with self._engine.guard:
             _, stored = self._table(dataset)
             put, absent = self._admitted(dataset, frame, schema, stored)
             inside = filters.expression(dataset, span, stored)
@@ -251,7 +278,7 @@ class ClickHouseStore:
     # the rest
 
     def delete(self, dataset: str, filter: Filter) -> int:
-        with self._engine().guard:
+        with self._engine.guard:
             _, schema = self._table(dataset)
             names = [*schema.names, *SYSTEM_COLUMNS]
             gone = self._select(dataset, schema, names, self._where(dataset, schema, filter))
@@ -275,51 +302,38 @@ class ClickHouseStore:
             bytes=int(found["bytes"][0]),
             files=int(found["parts"][0]),
             commits=None,
-            location=f"{self._engine().folder}: {_table_name(dataset)}",
+            location=f"{self._engine.place}: {_table_name(dataset)}",
         )
 
     def query(self, sql: str) -> pl.DataFrame:
-        # 2: the engine itself allows reading only, and settings of the statement's own such as `final`
         try:
-            return self._frame(statements.question(sql), final=1, readonly=2)
+            return self._frame(statements.question(sql), reads=True)
         except StoreError as error:
             if _NOT_THE_STORE.search(str(error.__cause__ or error)):
                 raise QueryRefused(f"{error}. Tables here: {', '.join(self.datasets()) or 'none'}") from error
             raise
 
     def maintain(self, dataset: str) -> str:
-        with self._engine().guard:
+        with self._engine.guard:
             self._table(dataset)
             before = self.info(dataset).files
             self._command(f"OPTIMIZE TABLE {_table_name(dataset)} FINAL SETTINGS optimize_skip_merged_partitions = 1")
             return f"{dataset}: {before} parts became {self.info(dataset).files}, with one version of each row"
 
     def close(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            _leave(held)
+        self._engine.close()
 
     # how it is done
 
-    def _engine(self) -> _Engine:
-        if self._held is None:
-            raise StoreError(f"the store {self.url} was closed; open it again")
-        if self._held.process != os.getpid():
-            raise StoreError(
-                f"the store {self.url} was opened before this process was forked, and its engine does not survive a "
-                "fork; start processes with the spawn method and open the store in each"
-            )
-        return self._held
-
     def _command(self, sql: str) -> None:
-        with _told("a statement"):
-            self._engine().client.command(sql)
+        with told("a statement"):
+            self._engine.client().command(sql)
 
-    def _frame(self, sql: str, **settings: int) -> pl.DataFrame:
+    def _frame(self, sql: str, *, reads: bool = False) -> pl.DataFrame:
         import polars as pl
 
-        with _told("a query"):
-            content = self._engine().client.raw_query(sql, fmt="ArrowStream", settings=settings)
+        with told("a query"):
+            content = self._engine.client(reads=reads).raw_query(sql, fmt="ArrowStream")
         return pl.read_ipc_stream(content)
 
     def _described(self, dataset: str) -> tuple[str, Schema] | None:
@@ -332,14 +346,14 @@ class ClickHouseStore:
             return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"the table {_table_name(dataset)} in {self._engine().folder} was not made by MarketSync; move it "
+                f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync; move it "
                 f"elsewhere (RENAME TABLE), and {dataset} will be made and filled"
             ) from error
 
     def _table(self, dataset: str) -> tuple[str, Schema]:
         found = self._described(dataset)
         if found is None:
-            raise StoreError(f"there is no ClickHouse table of {dataset} in {self._engine().folder}; call ensure first")
+            raise StoreError(f"there is no ClickHouse table of {dataset} in {self._engine.place}; call ensure first")
         return found
 
     def _refuse_own_names(self, dataset: str, schema: Schema) -> None:
@@ -363,7 +377,8 @@ class ClickHouseStore:
             f"ENGINE = ReplacingMergeTree(seq) ORDER BY (marker, lane) SETTINGS {_DURABLE}"
         )
         self._command(
-            f"CREATE TABLE {_table_name(dataset)} ({', '.join((*columns, *_SYSTEM))}) "
+            # who comes second finds the table of who came first
+            f"CREATE TABLE IF NOT EXISTS {_table_name(dataset)} ({', '.join((*columns, *_SYSTEM))}) "
             f"ENGINE = ReplacingMergeTree({_VERSION}, {_DELETED}) {cut} ORDER BY ({key}) "
             f"SETTINGS {_DURABLE} COMMENT {_literal(_comment(marker, schema))}"
         )
@@ -465,12 +480,12 @@ class ClickHouseStore:
 
         if rows.is_empty():
             return
-        engine = self._engine()
-        if dataset not in engine.versions:
+        versions = self._engine.versions
+        if dataset not in versions:
             found = self._frame(f"SELECT max({_VERSION}) AS last FROM {_table_name(dataset)}")
-            engine.versions[dataset] = int(found["last"][0] or 0)
+            versions[dataset] = int(found["last"][0] or 0)
         # later than every version before, also when the clock was set back
-        version = engine.versions[dataset] = max(time.time_ns() // 1000, engine.versions[dataset] + 1)
+        version = versions[dataset] = max(self._engine.microseconds(), versions[dataset] + 1)
         rows = rows.with_columns(
             pl.lit(version, pl.UInt64()).alias(_VERSION), pl.lit(int(deleted), pl.UInt8()).alias(_DELETED)
         )
@@ -488,8 +503,8 @@ class ClickHouseStore:
 
         buffer = io.BytesIO()
         rows.write_ipc_stream(buffer, compat_level=pl.CompatLevel.oldest())
-        with _told("an insert"):
-            self._engine().client.raw_insert(
+        with told("an insert"):
+            self._engine.client().raw_insert(
                 table, column_names=rows.columns, insert_block=buffer.getvalue(), fmt="ArrowStream"
             )
 
@@ -503,54 +518,34 @@ class ClickHouseStore:
 
 
 def open_url(url: str, name: str) -> ClickHouseStore:
-    """Return the store of the URL; raises `StoreBusy` when another process, or another folder, has the engine."""
-    return ClickHouseStore(url, name, _enter(location.folder(url)))
-
-
-def _enter(folder: Path) -> _Engine:
-    global _engine
-    with _engine_lock:
-        if _engine is not None:
-            if _engine.process != os.getpid():
-                raise StoreError(
-                    f"this process was forked from one that has the chDB store {_engine.folder} open, and the engine "
-                    "does not survive a fork; start processes with the spawn method"
-                )
-            if _engine.folder != folder:
-                raise StoreBusy(
-                    f"this process has the chDB store {_engine.folder} open, and the engine inside a process serves "
-                    f"one folder at a time; close that store before {folder} is opened, or use one folder for both"
-                )
-        else:
-            import clickhouse_connect
-
-            folder.mkdir(parents=True, exist_ok=True)
-            owner = locks.take(folder / _LOCK, f"the chDB store {folder}", 0)
-            try:
-                with _told(f"opening {folder}"):
-                    client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_SETTINGS)
-            except BaseException:
-                owner.release()
-                raise
-            _engine = _Engine(folder, client, owner, os.getpid())
-        _engine.stores += 1
-        return _engine
-
-
-def _leave(engine: _Engine) -> None:
-    global _engine
-    with _engine_lock:
-        engine.stores -= 1
-        if engine.stores or engine.process != os.getpid():
-            return
-        engine.client.close()
-        engine.owner.release()
-        if _engine is engine:
-            _engine = None
+    """Open `clickhouse://user:password@host:8123/`; options of the query are those of clickhouse-connect, as `secure`,
+    `verify`, `ca_cert`, `connect_timeout`. Raises `ConfigurationError` for a URL or an option that cannot be meant."""
+    parts = urlsplit(url)
+    options: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise ConfigurationError(
+            f"the store {name}: there is no option {unknown[0]!r}; options: {', '.join(sorted(_OPTIONS))}"
+        )
+    if not parts.hostname or parts.path.strip("/"):
+        raise ConfigurationError(
+            f"the store {name} is written clickhouse://user:password@host:8123/, without a database: each provider "
+            "becomes one"
+        )
+    try:
+        options = {option: _OPTIONS[option](text) for option, text in options.items()}
+        port = parts.port
+    except (ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"the store {name}: {error.args[0]!r} is not what an option or a port can be"
+        ) from error
+    options |= {"host": parts.hostname, "username": unquote(parts.username or "default"), "port": port}
+    options |= {"password": unquote(parts.password or ""), "autogenerate_session_id": False, "compress": False}
+    place = f"clickhouse://{parts.netloc.rpartition('@')[2]}"
+    return ClickHouseStore(f"{place}/", name, Server(place, {"connect_timeout": 10, **options}))
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Turn what the engine raises into a `StoreError` without its stack trace."""
     from clickhouse_connect.driver.exceptions import ClickHouseError
 

@@ -10,7 +10,8 @@ from storage.protocol import Store
 
 # scheme: (module with `open_url(url, name)`, the package it needs, the extra of ours that installs it)
 ENGINES = {
-    "chdb": ("storage.clickhouse", "chdb", "[clickhouse]"),
+    "chdb": ("storage.chdb", "chdb", "[clickhouse]"),
+    "clickhouse": ("storage.clickhouse", "clickhouse_connect", "[clickhouse]"),
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
     "parquet": ("storage.parquet", "polars", ""),

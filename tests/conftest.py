@@ -23,6 +23,32 @@ def postgres_server() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def clickhouse_server() -> Iterator[str]:
+    """The URL of a ClickHouse where databases may be made: MARKETSYNC_TEST_CLICKHOUSE, or a private one."""
+    if given := os.environ.get("MARKETSYNC_TEST_CLICKHOUSE"):
+        yield given
+        return
+    pytest.importorskip("chdb", reason="chdb is not installed: make env-test installs it")
+    from private_clickhouse import private_clickhouse
+
+    with private_clickhouse() as url:
+        yield url
+
+
+@pytest.fixture
+def clickhouse(clickhouse_server: str) -> Iterator[str]:
+    """The URL of a ClickHouse without our databases: those that the test makes are dropped after it."""
+    yield clickhouse_server
+    from private_clickhouse import clickhouse_client
+
+    client = clickhouse_client(clickhouse_server)
+    kept = ("default", "system", "information_schema", "INFORMATION_SCHEMA", "_local")
+    for (database,) in client.query(f"SELECT name FROM system.databases WHERE name NOT IN {kept}").result_rows:
+        client.command(f"DROP DATABASE `{database}` SYNC")
+    client.close()
+
+
 @pytest.fixture
 def postgres(postgres_server: str) -> Iterator[str]:
     """The URL of an empty PostgreSQL database, dropped after the test."""

@@ -47,14 +47,36 @@ class Place:
 
 def drop_table(address: str, dataset: str) -> None:
     """Drop a table as any client could."""
+    provider, name = dataset.split(".")
+    if address.startswith("clickhouse:"):
+        from private_clickhouse import clickhouse_client
+
+        client = clickhouse_client(address)
+        client.command(f"DROP TABLE `{provider}`.`{name}` SYNC")
+        client.close()
+        return
     import psycopg
 
-    provider, name = dataset.split(".")
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute(f'DROP TABLE "{provider}"."{name}"')  # pyright: ignore[reportArgumentType]
 
 
-SERVERS = {"postgresql": "postgres"}  # scheme: the fixture that gives an empty database
+# for engines whose tables are those of another one here, which is tried with all of it every day
+LONG = (
+    "test_any_frame_comes_back_as_it_went",
+    "test_any_sequence_of_writes_ends_where_a_dictionary_would",
+    "test_acknowledged_rows_survive_a_kill_at_any_instant_exactly_once",
+    "test_a_change_after_maintenance_finds_the_rows_as_before",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name in [f"{name}[clickhouse]" for name in LONG]:
+            item.add_marker(pytest.mark.slow)
+
+
+SERVERS = {"clickhouse": "clickhouse", "postgresql": "postgres"}  # scheme: the fixture that gives an empty database
 
 
 @pytest.fixture(params=sorted(ENGINES))

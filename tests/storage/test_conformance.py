@@ -531,6 +531,7 @@ def test_sql_finds_tables_by_the_name_they_have_everywhere(store: Store, dataset
         store.query("SELECT * FROM made.no_such")
     with pytest.raises(StoreError):
         store.query(f"SELEC * FROM {dataset}")
+    assert store.write(batch(dataset, bars(first=1000), 99)) == Written(inserted=96)
 
 
 def test_a_change_after_maintenance_finds_the_rows_as_before(store: Store, dataset: str):

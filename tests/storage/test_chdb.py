@@ -1,0 +1,189 @@
+"""What only the ClickHouse store inside a process does: one owner, one folder, versions instead of changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from datetime import date, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+from stored_frames import BARS, INSTRUMENTS, START, bars, batch, stamped
+
+import storage.chdb
+import storage.clickhouse
+from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.protocol import Filter, Mode, Written
+from storage.registry import open_store
+
+NAME = "made.bars"
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    opened = open_store(f"chdb://{tmp_path / 'a'}")
+    yield opened
+    opened.close()
+
+
+def test_stores_of_one_folder_share_the_engine_until_the_last_is_closed(store, tmp_path: Path):
+    second = open_store(f"chdb://{tmp_path / 'b' / '..' / 'a'}")
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars()))
+    assert second.count(NAME) == 96
+    store.close()
+    assert second.count(NAME) == 96
+    with pytest.raises(StoreError, match="was closed"):
+        store.count(NAME)
+    store.close()
+    assert second.count(NAME) == 96
+    second.close()
+    other = open_store(f"chdb://{tmp_path / 'other'}")
+    assert other.datasets() == []
+    other.close()
+
+
+def test_a_second_folder_is_refused_by_naming_the_first(store, tmp_path: Path):
+    with pytest.raises(StoreBusy, match=f"this process has the chDB store {tmp_path / 'a'} open"):
+        open_store(f"chdb://{tmp_path / 'b'}")
+
+
+def test_a_fork_is_told_so_instead_of_hanging(store, tmp_path: Path):
+    store.ensure(NAME, BARS)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # a child that hangs after all must not hold the tests up
+        code = 1
+        try:
+            with pytest.raises(StoreError, match="spawn method"):
+                store.count(NAME)
+            with pytest.raises(StoreError, match="spawn method"):
+                open_store(f"chdb://{tmp_path / 'a'}")
+            store.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.count(NAME) == 0
+
+
+def test_a_plain_select_final_shows_the_same_rows(store):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1, mode=Mode.APPEND))
+    store.write(batch(NAME, bars(rows=5, add=1.0), 2))
+    store.delete(NAME, Filter(["NA"], until=START + timedelta(hours=3)))
+    found = store.query("SELECT symbol, ts, close, volume FROM made.bars FINAL")
+    assert_frame_equal(found.sort("symbol", "ts"), store.scan(NAME).collect().sort("symbol", "ts"))
+    assert store.query("SELECT count() AS n FROM made.bars")["n"].to_list() == [93]
+
+
+def test_only_what_reads_is_a_query(store):
+    store.ensure(NAME, BARS)
+    for sql in ("DROP TABLE made.bars", " insert into made.bars select * from made.bars", "ALTER TABLE made.bars"):
+        with pytest.raises(StoreError, match="does not begin with"):
+            store.query(sql)
+    assert store.marker(NAME)
+
+
+def test_no_null_becomes_a_zero(store):
+    store.ensure("made.instruments", INSTRUMENTS)
+    frame = stamped(pl.DataFrame({"code": ["a"], "name": [None], "lot": [None]}, INSTRUMENTS.polars()))
+    with pytest.raises(SchemaError, match=r"'lot'.*null in 1"):
+        store.write(batch("made.instruments", frame, schema=INSTRUMENTS))
+    looser = Schema((*INSTRUMENTS.columns[:2], Column("lot", ColumnType.I32)), INSTRUMENTS.key)
+    store.ensure("made.instruments", looser)
+    store.write(batch("made.instruments", frame, schema=looser))
+    assert store.scan("made.instruments").collect().rows() == [("a", None, None)]
+
+
+@pytest.mark.parametrize("day", [date(1899, 12, 31), date(2300, 1, 1)])
+def test_times_that_the_engine_would_move_are_refused(store, day: date):
+    schema = Schema((Column("day", ColumnType.DATE), Column("seen", ColumnType.DATE)), ("day",), "day")
+    store.ensure("made.days", schema)
+    good = {"day": [date(2001, 1, 1), date(2001, 1, 2)], "seen": [date(1900, 1, 1), date(2299, 12, 31)]}
+    store.write(batch("made.days", stamped(pl.DataFrame(good)), schema=schema))
+    with pytest.raises(SchemaError, match=r"'seen'.*ClickHouse cannot keep"):
+        store.write(
+            batch("made.days", stamped(pl.DataFrame({"day": [date(2001, 1, 3)], "seen": [day]})), 2, schema=schema)
+        )
+    assert store.scan("made.days").collect().sort("day").rows() == list(zip(*good.values(), strict=True))
+    assert store.count("made.days", Filter(since=day)) == (2 if day.year == 1899 else 0)
+    assert store.count("made.days", Filter(until=day)) == (0 if day.year == 1899 else 2)
+
+
+def test_deleted_rows_stay_deleted_in_whatever_version_they_had(store):
+    schema = Schema((Column("code", ColumnType.STR), Column("at", ColumnType.DATE)), ("code",), "at", None, Period.YEAR)
+    store.ensure("made.listed", schema)
+    for seq, year in enumerate((1999, 2004), 1):
+        frame = stamped(pl.DataFrame({"code": ["a"], "at": [date(year, 1, 1)]}))
+        store.write(batch("made.listed", frame, seq, schema=schema))
+    assert store.delete("made.listed", Filter(since=date(2001, 1, 1))) == 1
+    assert store.count("made.listed") == 0
+    assert store.watermarks("made.listed") == {}
+    store.maintain("made.listed")
+    assert store.count("made.listed") == 0
+    store.write(
+        batch("made.listed", stamped(pl.DataFrame({"code": ["a"], "at": [date(1998, 1, 1)]})), 3, schema=schema)
+    )
+    assert store.watermarks("made.listed") == {"*": date(1998, 1, 1)}
+
+
+def test_watermarks_do_not_count_deleted_rows(store):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(("A", "B")), mode=Mode.APPEND))
+    store.delete(NAME, Filter(["A"], since=START + timedelta(hours=10)))
+    store.delete(NAME, Filter(["B"]))
+    assert store.watermarks(NAME) == {"A": START + timedelta(hours=9)}
+
+
+def test_a_later_write_wins_when_the_clock_was_set_back(store, monkeypatch: pytest.MonkeyPatch):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    store.close()
+    again = open_store(store.url)
+    monkeypatch.setattr(storage.chdb.time, "time_ns", lambda: 0)
+    assert again.write(batch(NAME, bars(add=1.0), 2)) == Written(updated=96)
+    assert again.scan(NAME).select(pl.col("close").min()).collect().item() == 1.0
+    again.close()
+
+
+def test_more_subjects_than_a_statement_lists_are_found(store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage.clickhouse, "_LISTED_SUBJECTS", 10)
+    store.ensure(NAME, BARS)
+    subjects = [f"S{n:03d}" for n in range(50)]
+    store.write(batch(NAME, bars(subjects, rows=2), 1))
+    assert store.write(batch(NAME, bars(subjects, rows=3), 2)) == Written(inserted=50, unchanged=100)
+
+
+def test_a_scan_in_several_pieces_has_all_rows_once(store, monkeypatch: pytest.MonkeyPatch):
+    store.ensure(NAME, BARS)
+    frame = bars(rows=5000)
+    store.write(batch(NAME, frame))
+    whole = store.scan(NAME).collect().sort("symbol", "ts")
+    monkeypatch.setattr(storage.clickhouse, "_SCAN_ROWS", 1500)
+    statements: list[str] = []
+    real = storage.clickhouse.ClickHouseStore._frame
+
+    def told(self, sql: str, **settings: int) -> pl.DataFrame:
+        statements.append(sql)
+        return real(self, sql, **settings)
+
+    monkeypatch.setattr(storage.clickhouse.ClickHouseStore, "_frame", told)
+    assert_frame_equal(store.scan(NAME).collect().sort("symbol", "ts"), whole)
+    assert sum("_partition_id" in sql for sql in statements) == 7
+    statements.clear()
+    assert store.scan(NAME).filter(pl.col("volume") == 7).select("close").head(1).collect().height == 1
+    assert not any("symbol" in sql for sql in statements)
+    assert_frame_equal(store.scan(NAME).select(pl.len()).collect(), pl.DataFrame({"len": [10_000]}).cast(pl.UInt32))
+
+
+def test_a_table_that_is_not_ours_is_left_alone(store):
+    store._command("CREATE DATABASE made")
+    store._command("CREATE TABLE made.bars (a Int32) ENGINE = MergeTree ORDER BY a COMMENT 'mine'")
+    with pytest.raises(StoreError, match="not made by MarketSync"):
+        store.ensure(NAME, BARS)
+    assert store.datasets() == []
