@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from marketsync.definition import Dataset, Definition, Limit, Subjects
 from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
-from marketsync.durations import parse_span
+from marketsync.durations import Unit, parse_span, parse_span_of
 from marketsync.errors import ConfigurationError, Problem
 from marketsync.names import choice, known_names, request_names, wrong_names
 from marketsync.upstream import FOLDER_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
@@ -506,7 +506,7 @@ class _Definition:
                     self._say(path, f"'{text}' is not a group of the rule", "write $match.1")
                 elif not re.fullmatch(r"\$header\.[A-Za-z0-9-]+", text):
                     try:
-                        parse_span(text)
+                        parse_span_of(text, [unit for unit in Unit if unit is not Unit.SESSION])
                     except ValueError:
                         near = "$header.Retry-After, $match.1 or a span such as 60 seconds"
                         self._say(path, f"'{text}' does not say how long", f"write {near}")
@@ -709,8 +709,9 @@ class _Whole:
 
     def _plan(self, name: str, plan: Plan) -> None:
         for index, full in enumerate(plan.datasets):
-            given = self.document.value["plans"][name].get("datasets")
-            place: FieldPath = ("plans", name, "datasets", *((index,) if isinstance(given, list) else ()))
+            given = self.document.value.get("plans")  # absent where the file spells it otherwise
+            listed = isinstance(given, dict) and isinstance((given.get(name) or {}).get("datasets"), list)
+            place: FieldPath = ("plans", name, "datasets", *((index,) if listed else ()))
             dataset = self._dataset(place, full)
             if dataset is None:
                 continue

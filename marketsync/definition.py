@@ -15,12 +15,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from marketsync.durations import parse_publication, parse_span, parse_zone
+from marketsync.durations import FIXED_UNITS, Unit, parse_publication, parse_span, parse_span_of, parse_zone
 from marketsync.schema import Column, ColumnType, Period, Schema
 
 
 def _span_text(text: str) -> str:
     parse_span(text)
+    return text
+
+
+def _fixed_span_text(text: str) -> str:
+    parse_span_of(text, FIXED_UNITS)
+    return text
+
+
+def _dated_span_text(text: str) -> str:
+    parse_span_of(text, [unit for unit in Unit if unit is not Unit.SESSION])
     return text
 
 
@@ -46,7 +56,10 @@ def _regex_text(text: str) -> str:
     return text
 
 
+# Any span; one that a clock can measure; one that needs no trading calendar.
 SpanText = Annotated[str, AfterValidator(_span_text)]
+FixedSpanText = Annotated[str, AfterValidator(_fixed_span_text)]
+DatedSpanText = Annotated[str, AfterValidator(_dated_span_text)]
 ZoneText = Annotated[str, AfterValidator(_zone_text)]
 Regex = Annotated[str, AfterValidator(_regex_text)]
 
@@ -104,7 +117,7 @@ class Request(Model):
         description="How $window and $session are written: a strftime pattern such as %Y%m%d, or iso, rfc3339, "
         "unix_s, unix_ms. Default: iso for datasets whose time is a date, rfc3339 otherwise.",
     )
-    timeout: SpanText = Field(
+    timeout: FixedSpanText = Field(
         default="30 seconds", description="How long an answer may take, and each wait for its bytes."
     )
     weight: int = Field(default=1, ge=1, description="What one request costs of every limit.")
@@ -137,7 +150,7 @@ class Subjects(Model):
 class Window(Model):
     """How time is cut into requests. Windows are anchored to the calendar, not to a plan's `since`."""
 
-    every: SpanText = Field(description="The length: N minutes, hours, days, weeks, months or years.")
+    every: DatedSpanText = Field(description="The length: N minutes, hours, days, weeks, months or years.")
     whole: bool | None = Field(
         default=None,
         description="True where one request always answers for its whole window (a file by year); False where it can "
@@ -400,7 +413,7 @@ class Fault(Model):
         default=None,
         description="$match.N: the number in the message is the real limit for `per`; it is learned for this run.",
     )
-    per: SpanText | None = Field(
+    per: DatedSpanText | None = Field(
         default=None, description="cool_down, quota: the window that is spent (minute, hour, day)."
     )
     say: str | None = Field(default=None, description="Body path of the provider's own words for the report (message).")
@@ -438,7 +451,9 @@ class Limit(Model):
     requests: int | None = Field(
         default=None, ge=1, description="How many requests (or units of weight) in the window."
     )
-    per: SpanText | None = Field(default=None, description="The window: second, minute, 10 minutes, hour, day, month.")
+    per: DatedSpanText | None = Field(
+        default=None, description="The window: second, minute, 10 minutes, hour, day, month."
+    )
     resets: str | None = Field(
         default=None, description="For day and month: when the quota starts anew, such as 00:00 Asia/Shanghai."
     )
@@ -454,7 +469,7 @@ class Limit(Model):
         if self.requests is None and self.concurrent is None:
             raise ValueError("a limit needs requests and per, or concurrent")
         if self.resets is not None:
-            from marketsync.durations import Unit, parse_daily_time
+            from marketsync.durations import parse_daily_time
 
             parse_daily_time(self.resets)
             if self.per is None or parse_span(self.per).unit not in (Unit.DAY, Unit.MONTH):

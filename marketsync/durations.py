@@ -6,6 +6,7 @@ Pure parsing and arithmetic; what needs a trading calendar takes its sessions fr
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
@@ -34,6 +35,8 @@ _SECONDS = {
     Unit.DAY: 86400.0,
     Unit.WEEK: 604800.0,
 }
+# What can be measured with a clock; months, years and sessions differ in length.
+FIXED_UNITS = tuple(_SECONDS)
 _SPAN = re.compile(r"^\s*(?:(\d+)\s*)?(millisecond|second|minute|hour|day|week|month|year|session|ms|s|min|h|d)s?\s*$")
 _ALIAS = {"ms": "millisecond", "s": "second", "min": "minute", "h": "hour", "d": "day"}
 
@@ -72,6 +75,15 @@ def parse_span(text: str) -> Span:
         )
     unit = found.group(2)
     return Span(int(found.group(1) or 1), Unit(_ALIAS.get(unit, unit)))
+
+
+def parse_span_of(text: str, units: Collection[Unit]) -> Span:
+    """Read a span of one of these units; ValueError says which there are."""
+    span = parse_span(text)
+    if span.unit not in units:
+        *several, last = (f"{unit}s" for unit in units)
+        raise ValueError(f"'{text}' cannot be counted here; write {', '.join(several)} or {last}")
+    return span
 
 
 def parse_zone(text: str) -> ZoneInfo:
@@ -141,7 +153,7 @@ def parse_publication(text: str) -> Publication:
     if plain == "at close":
         return Publication()
     if plain.endswith("after close"):
-        return Publication(delay=parse_span(plain.removesuffix("after close")))
+        return Publication(delay=parse_span_of(plain.removesuffix("after close").strip(), FIXED_UNITS))
     found = _PUBLISHED.match(text)
     if found:
         lead = found.group(1)

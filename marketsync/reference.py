@@ -59,6 +59,8 @@ class Page:
 
 _TEXTS = {
     "_span_text": "span",
+    "_fixed_span_text": "span of fixed length",
+    "_dated_span_text": "span without sessions",
     "_zone_text": "time zone",
     "_regex_text": "regular expression",
     "_publication_text": "publication time",
@@ -313,6 +315,8 @@ faults:
 | kind | examples |
 |---|---|
 | span | `5 years`, `1 month`, `30 seconds`, `500 ms`, `2 sessions` (where a calendar counts) |
+| span of fixed length | milliseconds to weeks: `30 seconds`, `500 ms`; a clock measures it |
+| span without sessions | milliseconds to years: `5 years`, `1 month`, `minute` |
 | time of day | `19:00 America/New_York` |
 | publication time | `at close`, `30 minutes after close`, `18:00 Asia/Shanghai`, `next day 11:00 America/New_York` |
 | calendar | a market's ISO 10383 code (`XNYS`, `XSHG`, `XLON`), or `24/7` |

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from marketsync.definition import Limit, Model, SpanText, ZoneText
+from marketsync.definition import FixedSpanText, Limit, Model, ZoneText
 from marketsync.durations import parse_daily_time, within_reach
 
 NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
@@ -78,11 +78,11 @@ class Tuning(Model):
         default=4, ge=1, le=64, description="Requests under way at once in one process (4 to 10 is best)."
     )
     attempts: int | None = Field(default=None, ge=1, le=20, description="Overrides the definition's attempts.")
-    max_wait: SpanText = Field(
+    max_wait: FixedSpanText = Field(
         default="10 minutes",
         description="A cool-down longer than this ends the provider's work for now (exit code 75).",
     )
-    back_off: SpanText = Field(
+    back_off: FixedSpanText = Field(
         default="1 second", description="The first pause after a passing fault; doubled each time."
     )
 
@@ -140,7 +140,7 @@ class MarketHours(Model):
 
     holidays: tuple[date, ...] = Field(default=(), description="Further days without a session.")
     sessions: tuple[date, ...] = Field(default=(), description="Further days with a session.")
-    flush_after_close: SpanText | None = Field(
+    flush_after_close: FixedSpanText | None = Field(
         default=None, description="Streams seal what they hold this long after the close."
     )
 

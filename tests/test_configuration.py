@@ -226,6 +226,24 @@ DEFINITIONS_REFUSED = [
         "faults.0.wait",
         "write $header.Retry-After, $match.1 or a span",
     ),
+    ("window: 1 year", "window: 5 sessions", 5, "datasets.bars.over.window", "days, weeks, months or years"),
+    ("query: {s", "timeout: 2 sessions, query: {s", 6, "datasets.bars.request.timeout", "hours, days or weeks"),
+    ("datasets:\n", "limits: [{requests: 5, per: 2 sessions}]\ndatasets:\n", 3, "limits.0.per", "months or years"),
+    (
+        "datasets:\n",
+        "faults: [{when: {status: 429}, then: quota, per: session}]\ndatasets:\n",
+        3,
+        "faults.0.per",
+        "months or years",
+    ),
+    (
+        "datasets:\n",
+        "faults: [{when: {status: 429}, then: cool_down, wait: 2 sessions}]\ndatasets:\n",
+        3,
+        "faults.0.wait",
+        "a span such as 60 seconds",
+    ),
+    ("    key", "    published: 2 months after close\n    key", 10, "datasets.bars.published", "hours, days or weeks"),
     ("query: {s: $symbol", "query: {s: [$symbol]", 6, "datasets.bars.request.query.s", "and is a list"),
 ]
 
@@ -255,6 +273,14 @@ UPSTREAMS_REFUSED = [
     ("tier: basic", "definition: alpaka", 2, "upstreams.alpaca.definition", "did you mean alpaca? shipped: alpaca"),
     ("tier: basic", "definition: ./my.yml", 2, "upstreams.alpaca.definition", "there is no definition file"),
     ("tier: basic", "tuning: {threads: 100}", 2, "upstreams.alpaca.tuning.threads", "must be at most 64, and is 100"),
+    (
+        "basic}",
+        "basic, tuning: {max_wait: 2 sessions}}",
+        2,
+        "upstreams.alpaca.tuning.max_wait",
+        "'2 sessions' cannot be counted here (write milliseconds, seconds, minutes, hours, days or weeks)",
+    ),
+    ("basic}", "basic, tuning: {back_off: 2 months}}", 2, "upstreams.alpaca.tuning.back_off", "hours, days or weeks"),
     ("basic}", "basic, calendars: {dail: XNYS}}", 2, "upstreams.alpaca.calendars.dail", "datasets: daily_bars"),
     (
         "basic}",
@@ -300,6 +326,7 @@ UPSTREAMS_REFUSED = [
     ("    datasets: alpaca.daily_bars\n", "    datasets: []\n", 9, "plans.nightly.datasets", "needs at least 1"),
     ("universes:", "market_hours: {XNYC: {}}\nuniverses:", 3, "market_hours.XNYC", "did you mean XNYS"),
     ("universes:", "universe:", 3, "universe", "did you mean universes?"),
+    ("plans:", "lans:", 7, "lans", "did you mean plans?"),
 ]
 
 
