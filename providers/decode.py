@@ -245,7 +245,7 @@ class Decoder:
             if first in (b"{", b"["):  # providers answer a CSV question with a JSON error
                 try:
                     return Opened(msgspec.json.decode(members[0]), (), False, members[0])
-                except msgspec.DecodeError:
+                except (msgspec.DecodeError, RecursionError):
                     pass
             return Opened(None, tuple(map(Piece, members)), True, members[0] if members else b"")
         opened = [self._open_json(member) for member in members]
@@ -302,6 +302,8 @@ class Decoder:
         later, by the gate."""
         batch = self._read(opened)
         frame = batch.frame
+        if not frame.width and not frame.height and self._constants:  # {"rows": null}: not even columns
+            frame = self.nothing().frame
         for name in self._constants:
             value = (constants or {}).get(name)
             series = pl.Series(name, [value], dtype=pl.String()).new_from_index(0, frame.height)
@@ -460,7 +462,7 @@ class Decoder:
         decoder, kinds = self._decoder_of("list")
         try:
             rows = decoder.decode(part)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return self._strict_frame(rows, kinds)
 
@@ -526,7 +528,7 @@ class Decoder:
         """Parse long lists one by one outside the interpreter lock; None where they are short."""
         try:
             lists = msgspec.json.decode(part, type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         if len(part) < _SPLIT_KEY_BYTES * len(lists):
             return None
@@ -548,7 +550,7 @@ class Decoder:
         decoder, kinds = self._decoder_of(wrap)
         try:
             lists = decoder.decode(part)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         if wrap == "single":
             rows, keys = list(lists.values()), list(lists)
@@ -595,7 +597,7 @@ class Decoder:
 
         try:
             rows = self._once(("arrays", names, kinds), make).decode(part)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         columns = []
         for column, kind in zip(self._fields, kinds, strict=True):
@@ -801,7 +803,7 @@ def _decode(body: bytes) -> Any:
     the columns, where they set aside their rows."""
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
@@ -817,7 +819,7 @@ def _open_whole(body: bytes, opener: bytes) -> Opened:
                 key: msgspec.json.decode(raw) if len(memoryview(raw)) <= _SHALLOW_BYTES else UNREAD
                 for key, raw in shallow.items()
             }
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             document = _decode(body)
         return Opened(document, (Piece(body, document),), True, body)
     if first == opener:
@@ -854,7 +856,7 @@ def _cut_by_position(body: bytes, path: list[str], opener: bytes, end_at: _End) 
         return None
     try:
         document = msgspec.json.decode(body[:start] + str(_MARK).encode() + body[end:])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     parent = walk(document, ".".join(path[:-1]))
     if not isinstance(parent, dict) or parent.get(path[-1]) != _MARK:
@@ -875,7 +877,7 @@ def _cut_exactly(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]
     """Return the document with `UNREAD` for the rows, the rows' bytes (None for null), and whether the path exists."""
     try:
         return _cut_raw(body, path)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         document = _decode(body)
     parent = walk(document, ".".join(path[:-1]))
     step: Any = path[-1]

@@ -216,8 +216,15 @@ def test_each_member_of_a_zip_has_its_own_names() -> None:
     assert rows_of(spec, body) == [("a", 1), ("b", 2)]
 
 
+def test_an_answer_that_is_nested_beyond_reason_is_a_broken_answer_and_nothing_worse() -> None:
+    with pytest.raises(Malformed, match="not valid JSON"):
+        read(NUMBERS, '{"rows": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+
 def test_null_for_the_rows_is_nothing_and_no_rows_at_all_is_an_error_with_its_remedy() -> None:
     assert read(NUMBERS, '{"rows": null}').fetched == 0
+    told = dataset({"k": {"type": "str", "value": "$symbol"}, "n": "i64"}, ["k"], rows="rows")
+    assert read(told, '{"rows": null}', {"k": "IBM"}).fetched == 0
     assert read(NUMBERS, '{"rows": []}').fetched == 0
     with pytest.raises(Unexpected, match=r"when: \{path: \{rows: null\}\}, then: empty"):
         read(NUMBERS, '{"error": "no such thing"}')
