@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 COOL_DOWNS = 30  # in a row on one request before the unit is left for the next run
 LONGEST_BACK_OFF = 60.0
+EMPTY_PAGES = 1000  # in a row, each with a next one: such a chain does not end, and would spend every quota
 DROPS_IN_A_ROW = 12  # after so many refused requests it is not one subject that is wrong
 
 
@@ -350,7 +351,7 @@ class Fetcher:
         scope, unit = self._scope, work.unit
         ask = ask_of(scope, unit)
         cursor = work.cursor
-        attempt = cooled = restarts = 0
+        attempt = cooled = restarts = empty_pages = 0
         rows = work.rows
         while True:
             if self._over(in_trouble=bool(attempt or cooled or restarts)):
@@ -402,6 +403,10 @@ class Fetcher:
                     )
                 )
                 cursor = outcome.cursor
+                empty_pages = 0 if outcome.rows else empty_pages + 1
+                if not last and empty_pages >= EMPTY_PAGES:
+                    self._endless(work, writer, outcome)
+                    return
                 self._dropped_in_a_row = 0
                 if last:
                     self._tally.add(**({"done": 1} if rows else {"done": 1, "empty": 1}))
@@ -530,6 +535,13 @@ class Fetcher:
         with self._lock:
             self._tried += 1
             self._failures_in_a_row = 0
+
+    def _endless(self, work: Work, writer: SegmentWriter, outcome: Outcome) -> None:
+        """Give a chain up that goes on without a row: it fails, and others go on."""
+        why = f"{EMPTY_PAGES:,} pages in a row held no row, and each told of a next one: the pages do not seem to end"
+        self._tally.add(failed=1)
+        self._note("failed", work.unit, outcome, why)
+        self._leave(work, writer, None, WorkState.FAILED, outcome, error=why)
 
     def _split(self, work: Work, source: UnitSource, writer: SegmentWriter, outcome: Outcome) -> None:
         parts = self._scope.halves(work.unit)
