@@ -21,8 +21,6 @@ from marketsync.clock import Clock, SystemClock
 from marketsync.configuration import Loaded, load_configuration
 from marketsync.coverage import Covered, Interval, Refused, merged, minus, owed, within
 from marketsync.definition import Dataset, Definition, Verdict, request_hash
-from marketsync.durations import Unit as SpanUnit
-from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch, Gated, seal
 from marketsync.ledger import Ledger, WorkState, this_owner
@@ -479,7 +477,7 @@ class Scope:
         states = self.workspace.limiter(self.upstream_name).state(self.dataset_name)
         return any(
             state.kind is Kind.QUOTA
-            or (state.kind is Kind.WINDOW and state.per is not None and state.per.seconds >= 3600)
+            or (state.kind is Kind.WINDOW and state.per is not None and state.per.approximate_seconds >= 3600)
             for state in states
         )
 
@@ -529,11 +527,3 @@ def expected_rows(scope: Scope, unit: Unit) -> int | None:
         return None
     sessions = len(scope.sessions(unit.start, unit.end))
     return sessions * len(unit.subjects) * (1 if frequency == "session" else 390)
-
-
-def span_timedelta(text: str) -> timedelta:
-    """Return a span of fixed length as a timedelta."""
-    span = parse_span(text)
-    if span.unit is SpanUnit.SESSION:
-        raise ValueError(f"'{text}' has no fixed length here")
-    return timedelta(seconds=span.seconds)

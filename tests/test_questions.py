@@ -248,6 +248,12 @@ def test_a_parent_and_its_child_can_be_estimated_looked_at_and_synced_from_nothi
     assert "acme.child in default: 2 subjects, covered until 2021-01-01, 2 rows" in place.run("status", "family").stdout
 
 
+def test_a_limit_per_month_that_names_no_reset_can_be_worked_under(place):
+    place.define(DEFINITION.replace("attempts: 1\n", "attempts: 1\nlimits: [{{requests: 1000, per: month}}]\n"))
+    place.config.write_text(UPSTREAM.replace("threads: 1", "threads: 2"))
+    assert place.sync("bars") is RunState.COMPLETED
+
+
 # ---------------------------------------------------------------- what a run is asked to do beside its plan
 
 
