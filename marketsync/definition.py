@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from marketsync.document import closest
 from marketsync.durations import FIXED_UNITS, Unit, parse_publication, parse_span, parse_span_of, parse_zone
 from marketsync.schema import Column, ColumnType, Period, Schema
 
@@ -32,6 +33,42 @@ def _fixed_span_text(text: str) -> str:
 def _dated_span_text(text: str) -> str:
     parse_span_of(text, [unit for unit in Unit if unit is not Unit.SESSION])
     return text
+
+
+_UNIX = ("unix_s", "unix_ms", "unix_us", "unix_ns")
+_PATTERN = re.compile(r"%[-_0^#.:]*\d?[A-Za-z]")
+_LETTERS = {"yyyy": "%Y", "yy": "%y", "mm": "%m", "dd": "%d", "hh": "%H", "ss": "%S"}
+
+
+def _dates_text(text: str) -> str:
+    return _time_text(text, ("iso", "rfc3339", *_UNIX))
+
+
+def _format_text(text: str) -> str:
+    return _time_text(text, ("iso", *_UNIX, "unix_auto"))
+
+
+def _time_text(text: str, words: tuple[str, ...]) -> str:
+    """Accept one of these words or a strftime pattern; other texts would be sent, or looked for, letter by letter."""
+    if text in words or _PATTERN.search(text):
+        return text
+    meant = _as_pattern(text) or closest(text.replace("rfc3339", "iso"), list(words)) or "%Y%m%d"
+    raise ValueError(
+        f"'{text}' is neither a pattern with % nor one of {', '.join(words)}; did you mean "
+        + (f"'{meant}'?" if "%" in meant else f"{meant}?")
+    )
+
+
+def _as_pattern(text: str) -> str | None:
+    """Return YYYY-MM-DD, dd.mm.yyyy hh:mm:ss ... as the pattern it stands for; None when it is no such text."""
+    pieces = re.findall(r"(?i:yyyy|yy|mm|dd|hh|ss)|[TZ]|[^A-Za-z]", text)
+    if "".join(pieces) != text:
+        return None
+    made = ""
+    for piece in pieces:
+        minutes = piece.lower() == "mm" and "%H" in made  # and months before an hour
+        made += "%M" if minutes else _LETTERS.get(piece.lower(), piece)
+    return made if "%" in made else None
 
 
 def _zone_text(text: str) -> str:
@@ -112,10 +149,10 @@ class Request(Model):
     json_body: dict[str, Any] | None = Field(
         default=None, alias="json", description="A JSON body, nested as deep as needed."
     )
-    dates: str | None = Field(
+    dates: Annotated[str, AfterValidator(_dates_text)] | None = Field(
         default=None,
         description="How $window and $session are written: a strftime pattern such as %Y%m%d, or iso, rfc3339, "
-        "unix_s, unix_ms. Default: iso for datasets whose time is a date, rfc3339 otherwise.",
+        "unix_s, unix_ms, unix_us, unix_ns. Default: iso for datasets whose time is a date, rfc3339 otherwise.",
     )
     timeout: FixedSpanText = Field(
         default="30 seconds", description="How long an answer may take, and each wait for its bytes."
@@ -488,7 +525,7 @@ class Field_(Model):
         default=None, alias="as", description="The column's name in the stores. Default: the raw name."
     )
     value: str | None = Field(default=None, description="A value not in the answer: $symbol, $session or a text.")
-    format: str | None = Field(
+    format: Annotated[str, AfterValidator(_format_text)] | None = Field(
         default=None,
         description="How dates and times are written: a strptime pattern (%Y%m%d), iso, unix_s, unix_ms, unix_us, "
         "unix_ns, or unix_auto (by magnitude). Default: iso.",

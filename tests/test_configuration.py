@@ -243,6 +243,24 @@ DEFINITIONS_REFUSED = [
         "faults.0.wait",
         "a span such as 60 seconds",
     ),
+    ("query: {s", "dates: YYYYMMDD, query: {s", 6, "datasets.bars.request.dates", "did you mean '%Y%m%d'?"),
+    ("query: {s", "dates: unixms, query: {s", 6, "datasets.bars.request.dates", "did you mean unix_ms?"),
+    (
+        "date: date",
+        "date: {type: date, format: YYYY-MM-DD}",
+        9,
+        "datasets.bars.schema.date.format",
+        "is neither a pattern with % nor one of iso, unix_s, unix_ms, unix_us, unix_ns, unix_auto "
+        "(did you mean '%Y-%m-%d'?)",
+    ),
+    ("date: date", "date: {type: datetime, format: unixms}", 9, "datasets.bars.schema.date.format", "mean unix_ms?"),
+    (
+        "date: date",
+        "date: {type: datetime, format: 'dd.mm.yyyy HH:MM:SS'}",
+        9,
+        "datasets.bars.schema.date.format",
+        "did you mean '%d.%m.%Y %H:%M:%S'?",
+    ),
     ("    key", "    published: 2 months after close\n    key", 10, "datasets.bars.published", "hours, days or weeks"),
     ("query: {s: $symbol", "query: {s: [$symbol]", 6, "datasets.bars.request.query.s", "and is a list"),
 ]
