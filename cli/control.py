@@ -95,6 +95,8 @@ def _systemd(name: str, command: str, cron: str, zone: str, folder: Path) -> str
 
 _DAYS = {"0": "Sun", "1": "Mon", "2": "Tue", "3": "Wed", "4": "Thu", "5": "Fri", "6": "Sat", "7": "Sun"}
 
+_NUMBERS = {name: number for number, name in _DAYS.items() if number != "7"}
+
 
 def on_calendar(cron: str, zone: str) -> str:
     """Write a cron expression of five fields as systemd's OnCalendar; ConfigurationError for what it cannot say."""
@@ -115,8 +117,14 @@ def on_calendar(cron: str, zone: str) -> str:
             return ""
         named = []
         for piece in text.split(","):
-            ends = [_DAYS.get(end, end.capitalize()) for end in piece.split("-")]
-            named.append("..".join(ends))
+            days, _, step = piece.partition("/")
+            ends = ["0", "6"] if days == "*" else days.split("-")
+            if step or ends[0] in ("0", "sun", "Sun", "SUN"):  # systemd's week has no steps, and begins on Monday
+                first, last = (_NUMBERS.get(end.capitalize(), end) for end in (ends[0], ends[-1]))
+                last = "6" if step and len(ends) == 1 else last
+                named.extend(_DAYS[str(day)] for day in range(int(first), int(last) + 1, int(step or 1)))
+            else:
+                named.append("..".join(_DAYS.get(end, end.capitalize()) for end in ends))
         return ",".join(named) + " "
 
     return f"{week(weekday)}*-{part(month)}-{part(day)} {part(hour)}:{part(minute)}:00 {zone}"

@@ -23,6 +23,7 @@ import polars as pl
 import pytest
 import requests
 
+from cli.control import on_calendar
 from cli.main import main
 from providers.replica import Replica
 from tasks.workspace import close_workspaces
@@ -336,6 +337,21 @@ def test_a_schedule_is_printed_for_cron_and_for_systemd(fresh):
     systemd = fresh.done("schedule", "--print", "systemd")
     assert "OnCalendar=Mon..Fri *-*-* 19:0:00 America/New_York" in systemd
     assert "SuccessExitStatus=3 4 75" in systemd
+
+
+@pytest.mark.parametrize(
+    ("cron", "days"),
+    [
+        ("0 19 * * 0-4", "Sun,Mon,Tue,Wed,Thu "),  # the week of systemd begins on Monday: it refuses Sun..Thu
+        ("0 19 * * */2", "Sun,Tue,Thu,Sat "),
+        ("0 19 * * 1-5/2", "Mon,Wed,Fri "),
+        ("0 19 * * 5-7", "Fri..Sun "),
+        ("0 19 * * 0", "Sun "),
+        ("0 19 * * *", ""),
+    ],
+)
+def test_weekdays_are_written_as_systemd_takes_them(cron, days):
+    assert on_calendar(cron, "UTC") == f"{days}*-*-* 19:0:00 UTC"
 
 
 # ---------------------------------------------------------------- the replica
