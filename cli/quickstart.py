@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +15,10 @@ from marketsync.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from marketsync.report import RunReport
+    from providers.replica import Replica
 
 PORT = 8740
+_LOCAL = re.compile(r"http://127\.0\.0\.1:(\d+)")
 CONFIGURATION = """\
 # What `marketsync quickstart` synced. Every field is explained in docs/reference.
 upstreams:
@@ -48,17 +52,28 @@ def quickstart(
     directory: Annotated[Path, typer.Option("--directory", help="Where to put it.")] = Path("quickstart"),
 ) -> None:
     """Sync real daily bars (five symbols, 2000-2013) from a replica on this machine into a Delta Lake folder."""
-    from providers.replica.server import Replica
-
     make_folder(directory)
     config = directory / "upstream.yml"
-    with Replica(port=_free_port(), data="bokeh") as replica:
-        _write(directory, config, replica.url, replica.credentials)
-        say(f"1. A replica of Alpaca's market data API serves real bars on {replica.url} (no account, no internet).")
-        say(f"2. {config} says what is wanted: five symbols, 2000-03-01 to 2013-03-01, into {directory / 'data'}.")
+    changed = _is_changed(config)
+    named = _port_named_by(config) if changed else PORT
+    with _replica(named, changed) as replica:
+        _write(directory, config, replica)
+        if replica is not None:
+            say(
+                f"1. A replica of Alpaca's market data API serves real bars on {replica.url} (no account, no internet)."
+            )
+        else:
+            say(f"1. No replica is started: {config} names another service, or one that runs already.")
+        if changed:
+            say(
+                f"2. {config} was edited, and stays as it is (delete it, or choose another --directory, to begin anew)."
+            )
+        else:
+            say(f"2. {config} says what is wanted: five symbols, 2000-03-01 to 2013-03-01, into {directory / 'data'}.")
         say("3. marketsync sync quickstart")
         report = _sync(config)
         sent = report.requests.sent
+        port = replica.port if replica is not None else None
     from marketsync.rendering.html import html as page
     from marketsync.rendering.terminal import show
     from tasks.sync import full
@@ -76,25 +91,61 @@ def quickstart(
     say(f'  {me} query "{sql}" -c {config}')
     say(f"  {me} explain alpaca.daily_bars IBM 2001-09-12 -c {config}")
     say(f"  open {file}   # the report with the coverage of every month")
-    say(f"  {me} replica --port {PORT} &  then: {me} sync -c {config} --refetch")
+    serve = f"{me} replica --port {port} &  then: " if port is not None else ""
+    say(f"  {serve}{me} sync -c {config} --refetch")
     say(f"  {me} init myproject   # your own configuration, for a real provider")
     code = int(report.state.exit_code)
     if code:
         raise typer.Exit(code)
 
 
-def _write(directory: Path, config: Path, url: str, credentials: dict[str, str]) -> None:
-    if config.exists() and "What `marketsync quickstart` synced" not in config.read_text(encoding="utf-8"):
-        raise ConfigurationError(f"{config} is there already and is not the quickstart's; choose another --directory")
-    config.write_text(CONFIGURATION.format(url=url), encoding="utf-8")
-    (directory / "holes.yml").write_text(_known_holes(), encoding="utf-8")
+def _write(directory: Path, config: Path, replica: Replica | None) -> None:
+    """Write what is missing, and upstream.yml anew where it is as we wrote it (the port may be another)."""
+    if not _is_changed(config) and replica is not None:
+        config.write_text(CONFIGURATION.format(url=replica.url), encoding="utf-8")
+    if not (directory / "holes.yml").exists():
+        (directory / "holes.yml").write_text(_known_holes(), encoding="utf-8")
     secrets = directory / ".secrets"
     secrets.mkdir(mode=0o700, exist_ok=True)
-    for name, value in credentials.items():
+    for name, value in (replica.credentials if replica is not None else {}).items():
         file = secrets / name
-        file.write_text(value, encoding="utf-8")
-        file.chmod(0o600)
-    (directory / ".gitignore").write_text(".marketsync/\n.secrets/\ndata/\n", encoding="utf-8")
+        if not file.exists():
+            file.write_text(value, encoding="utf-8")
+            file.chmod(0o600)
+    if not (directory / ".gitignore").exists():
+        (directory / ".gitignore").write_text(".marketsync/\n.secrets/\ndata/\n", encoding="utf-8")
+
+
+def _is_changed(config: Path) -> bool:
+    """Return whether there is a quickstart's upstream.yml that is not as we wrote it, whatever its port; raise
+    ConfigurationError when there is one of something else."""
+    if not config.exists():
+        return False
+    text = config.read_text(encoding="utf-8")
+    if "What `marketsync quickstart` synced" not in text:
+        raise ConfigurationError(f"{config} is there already and is not the quickstart's; choose another --directory")
+    before, after = CONFIGURATION.split("{url}")
+    ours = text.startswith(before) and text.endswith(after)
+    return not (ours and _LOCAL.fullmatch(text[len(before) : len(text) - len(after)]))
+
+
+def _port_named_by(config: Path) -> int | None:
+    """Return the port of this machine that the upstream.yml asks; None when it asks another service."""
+    from marketsync.configuration import load_configuration
+
+    upstream = load_configuration(config).configuration.upstreams.get("alpaca")
+    found = _LOCAL.fullmatch(((upstream and upstream.base_url) or "").rstrip("/"))
+    return int(found[1]) if found else None
+
+
+def _replica(port: int | None, exactly: bool) -> AbstractContextManager[Replica | None]:
+    """Return a replica at this port, or at any free one where it need not be `exactly` this; None when there is no
+    port, or something answers there already."""
+    from providers.replica.server import Replica
+
+    if port is not None and _is_free(port):
+        return Replica(port=port, data="bokeh")
+    return nullcontext() if exactly else Replica(data="bokeh")
 
 
 def _known_holes() -> str:
@@ -103,14 +154,14 @@ def _known_holes() -> str:
     return files("providers.replica").joinpath("known_holes.yml").read_text(encoding="utf-8")
 
 
-def _free_port() -> int:
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", PORT))
+            probe.bind(("127.0.0.1", port))
         except OSError:
-            return 0
-    return PORT
+            return False
+    return True
 
 
 def _sync(config: Path) -> RunReport:

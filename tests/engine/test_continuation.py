@@ -4,10 +4,13 @@ where it stood, and a store that is new from its sibling. The replica's log is t
 from __future__ import annotations
 
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 from datetime import date, timedelta
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -291,21 +294,51 @@ def test_a_table_that_turns_out_to_be_damaged_when_it_is_judged_is_an_error_of_t
     assert "is missing; put the files back from a backup" in error["message"]
 
 
-def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
-    def quickstart() -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "cli", "quickstart", "--directory", str(tmp_path / "q")],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+def quickstart(folder: Path) -> str:
+    """Run `marketsync quickstart`, which must end with 0; return all that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "quickstart", "--directory", str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
-    nothing = "Everything was here already: no request was sent."
-    first = quickstart()
-    assert nothing not in first
+
+NOTHING = "Everything was here already: no request was sent."
+
+
+def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
+    first = quickstart(tmp_path / "q")
+    assert NOTHING not in first
     assert "12,154" in first
-    assert nothing in quickstart()
+    assert NOTHING in quickstart(tmp_path / "q")
+
+
+def test_a_quickstart_whose_port_is_taken_names_the_port_that_its_configuration_asks(tmp_path):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 8740))
+            taken.listen()
+        except OSError:
+            pass  # by another: it is taken either way
+        said = quickstart(tmp_path / "q")
+    (asked,) = re.findall(r"base_url: http://127\.0\.0\.1:(\d+)", (tmp_path / "q" / "upstream.yml").read_text())
+    assert asked != "8740"
+    assert f"replica --port {asked} &" in said
+
+
+def test_a_quickstart_leaves_an_upstream_file_that_was_edited_alone_and_says_so(tmp_path):
+    config = tmp_path / "q" / "upstream.yml"
+    quickstart(tmp_path / "q")
+    edited = config.read_text().replace("five: [AAPL, ", "five: [")
+    config.write_text(edited)
+    said = quickstart(tmp_path / "q")
+    assert config.read_text() == edited
+    assert f"{config} was edited, and stays as it is" in said
+    config.write_text(edited.replace("five: [", "five: [AAPL, ").replace(":8740", ":8999"))
+    assert "was edited" not in quickstart(tmp_path / "q")  # another port is our own doing
