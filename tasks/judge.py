@@ -131,6 +131,36 @@ def open_spans(judgement: Judgement) -> list[Interval]:
     )
 
 
+def reopened(
+    judgement: Judgement, coverage: Mapping[str, Sequence[Covered]], timing: Timing
+) -> dict[str, list[Covered]]:
+    """Return what of the coverage (of one store, by subject) is not final although it says so: answers that lack what
+    is not a hole yet. A provider that is late is asked again until the grace period is over."""
+    calendar = timing.calendar
+    result: dict[str, list[Covered]] = {}
+    if calendar is None:
+        return result
+    late: dict[str, list[Interval]] = defaultdict(list)
+    for hole in judgement.holes:
+        if hole.state is HoleState.NOT_YET:
+            first = min(midnight(hole.first), calendar.open(hole.first))
+            last = max(midnight(hole.last) + _DAY, calendar.close(hole.last))
+            for subject in hole.subjects:
+                late[subject].append(Interval(first, last))
+    for name, pieces in coverage.items():
+        spans = merged(late.get(name.split("|")[0], ()))
+        found = [
+            replace(piece, start=max(piece.start, start), end=min(piece.end, end), final=False, rows=None)
+            for piece in pieces
+            if piece.final
+            for start, end in spans
+            if piece.start < end and start < piece.end
+        ]
+        if found:
+            result[name] = found
+    return result
+
+
 def judge(
     dataset: str,
     spec: Dataset,
@@ -680,12 +710,13 @@ def _meaning(
     if not listed and born is not None and at < born:
         return None, "", False
     if piece is not None and piece.answer is Answer.EMPTY:
-        if piece.final:
+        if piece.final and not young:
             return HoleState.EMPTY, "the provider answered that there is nothing", True
-        state = HoleState.NOT_YET if young else HoleState.MISSING
-        return state, "answered empty before it had settled; the next run asks again", True
+        if young:
+            return HoleState.NOT_YET, "answered empty, within the grace period; the next run asks again", True
+        return HoleState.MISSING, "answered empty before it had settled; the next run asks again", True
     if young:
-        return HoleState.NOT_YET, "within the grace period", False
+        return HoleState.NOT_YET, "within the grace period; the next run asks again", False
     if piece is None:
         return HoleState.MISSING, "", False
     if piece.answer is Answer.NOT_YET:

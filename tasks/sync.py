@@ -182,7 +182,8 @@ def judge(task: Task, full_below: int = FULL_BELOW) -> list[DatasetReport]:
             for span in open_spans(part.judgement)
         ]
         try:
-            result.append(_judged(scope, target.store_id, target.store, merged([*touched, *left_open]), full_below))
+            spans = merged([*touched, *left_open])
+            result.append(_judged(scope, target.store_id, target.store, spans, full_below, reopen=True))
         except StoreError as error:
             result.append(DatasetReport(dataset=task.dataset, store=target.store_id, state=str(error)))
     return result
@@ -206,8 +207,10 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
     return replace(report, datasets=tuple(parts), findings=())
 
 
-def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int) -> DatasetReport:
-    from tasks.judge import KnownHoles, read_known_holes
+def _judged(
+    scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int, *, reopen: bool = False
+) -> DatasetReport:
+    from tasks.judge import KnownHoles, read_known_holes, reopened
     from tasks.judge import judge as ask
 
     there = store.marker(scope.dataset) is not None
@@ -239,6 +242,8 @@ def _judged(scope: Scope, store_id: str, store: Store, touched: Sequence[Interva
             spans=None if small else list(touched),
             known=known,
         )
+    if reopen and (late := reopened(judgement, coverage, scope.timing)):
+        scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
     marks = store.watermarks(scope.dataset) if there and small else {}
     return replace(part, judgement=judgement, watermarks=watermarks_of(judgement, marks)[:SHOWN_WATERMARKS])
 

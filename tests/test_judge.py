@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marketsync.calendars import Calendar, load_calendar
-from marketsync.coverage import Answer, Covered, Interval
+from marketsync.coverage import Answer, Covered, Interval, laid, owed
 from marketsync.definition import Dataset
 from marketsync.errors import ConfigurationError
 from marketsync.report import FreshState, HoleState, Judgement
@@ -20,7 +20,7 @@ from marketsync.timing import Timing, midnight
 from providers.replica.market import bokeh
 from storage.protocol import Batch, Mode
 from storage.registry import open_store
-from tasks.judge import KnownHole, KnownHoles, judge, open_spans, read_known_holes
+from tasks.judge import KnownHole, KnownHoles, judge, open_spans, read_known_holes, reopened
 
 NAME = "test.bars"
 NOW = datetime(2025, 4, 1, 12, tzinfo=UTC)
@@ -90,6 +90,7 @@ def shelf(tmp_path, new_york) -> Shelf:
 
 
 MARCH = date(2025, 3, 3)  # a Monday
+MONDAY = date(2025, 3, 31)  # the session before NOW
 
 
 def bars(calendar: Calendar, symbol: str, first: date, stop: date, without: tuple[date, ...] = ()) -> list[tuple]:
@@ -164,13 +165,43 @@ def test_answered_empty_is_not_missing(shelf, new_york):
         "GONE": [covered(MARCH, date(2025, 3, 10)), covered(date(2025, 3, 10), NOW.date(), Answer.EMPTY)],
         "NEVER": [covered(MARCH, NOW.date(), Answer.EMPTY)],
     }
-    found = shelf.judge(spec, ["GONE", "NEVER"], MARCH, coverage=coverage)
+    found = shelf.judge(
+        spec, ["GONE", "NEVER"], MARCH, coverage=coverage, now=NOW + timedelta(days=5), until=NOW.date()
+    )
     assert (found.missing, found.empty) == (0, 16 + 21)
     assert told(found) == [
         ("empty", MARCH, date(2025, 3, 31), 21, ("NEVER",)),
         ("empty", date(2025, 3, 10), date(2025, 3, 31), 16, ("GONE",)),
     ]
     assert found.findings == []
+
+
+def split_at(late: date, answer: Answer) -> list[Covered]:
+    return [covered(MARCH, late), covered(late, NOW.date(), answer)]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([covered(MARCH, NOW.date())], id="in one answer"),
+        pytest.param(split_at(MONDAY, Answer.ROWS), id="with rows"),
+        pytest.param(split_at(MONDAY, Answer.EMPTY), id="empty"),
+    ],
+)
+def test_an_answer_without_the_newest_session_is_not_final_before_the_grace_is_over(shelf, new_york, pieces):
+    spec = dataset()
+    timing = Timing.of(spec, new_york)
+    shelf.put(spec, bars(new_york, "AAPL", MARCH, MONDAY))
+    found = shelf.judge(spec, ["AAPL"], MARCH, coverage={"AAPL": pieces})
+    assert told(found) == [("not_yet", MONDAY, MONDAY, 1, ("AAPL",))]
+    after = {"AAPL": laid(pieces, reopened(found, {"AAPL": pieces}, timing)["AAPL"], NOW)}
+    wanted = [Interval(midnight(MARCH), midnight(NOW.date()))]
+    assert owed(wanted, after["AAPL"], run_started=NOW + timedelta(days=1)) == [
+        Interval(midnight(MONDAY), midnight(NOW.date()))
+    ]
+    assert reopened(found, after, timing) == {}
+    later = shelf.judge(spec, ["AAPL"], MARCH, coverage={"AAPL": pieces}, now=NOW + timedelta(days=5), until=NOW.date())
+    assert reopened(later, {"AAPL": pieces}, timing) == {}
 
 
 def test_an_answer_with_rows_but_not_this_one_leaves_a_hole(shelf, new_york):
