@@ -89,8 +89,13 @@ def _cut(page: Page, message: str) -> Step:
 def _ended(page: Page, cursor: Mapping[str, Any] | None, rows: int) -> Step:
     """The end of a chain whose answers say where it goes on. One that leads nowhere although its first page is as full
     as the provider makes them is not believed; later on, the provider has shown that it says so when more follows."""
-    if cursor is None and page.split and page.cap is not None and rows >= page.cap:
-        return _cut(page, f"the answer is full ({rows} rows, the cap is {page.cap}), so rows may be missing")
+    full = _full(page)
+    if cursor is None and page.split and page.cap is not None and full is not None and rows >= full:
+        where = page.token or page.next_url
+        return _cut(
+            page,
+            f"the answer is full ({rows} rows, a page holds {full}) and has nothing at {where}, so rows may be missing",
+        )
     return Step()
 
 
@@ -103,7 +108,8 @@ def _full(page: Page) -> int | None:
 def _offset(page: Page, cursor: Mapping[str, Any] | None, rows: int, more: bool | None, count: int | None) -> Step:
     offset = int((cursor or {}).get("offset", 0)) + rows
     # That nothing follows a page as full as the provider makes them is not believed but looked at: one more request.
-    doubtful = more is False and page.split and page.cap is not None and 0 < page.cap <= rows
+    full = _full(page)
+    doubtful = more is False and page.split and page.cap is not None and full is not None and 0 < full <= rows
     if (more is False and not doubtful) or (more is None and count is not None and offset >= count):
         return Step()
     if rows == 0:
@@ -111,7 +117,6 @@ def _offset(page: Page, cursor: Mapping[str, Any] | None, rows: int, more: bool 
             said = "says that more follows" if more else f"counts {count} rows"
             return Step(verdict=Verdict.FAIL, message=f"the answer {said} and holds none at offset {offset}")
         return Step()
-    full = _full(page)
     if more is None and count is None and full is not None and rows < full:
         return Step()
     return Step({"offset": offset})

@@ -138,8 +138,12 @@ def test_a_first_page_at_the_cap_that_leads_nowhere_is_split_and_not_believed(st
     capped = {**style, "cap": 10}
     found = step(capped, 10, {})
     assert found.verdict is Verdict.SPLIT
-    assert "10 rows, the cap is 10" in found.message
+    assert "10 rows, a page holds 10" in found.message
     assert step(capped, 9, {}) == Step()
+    # where pages are asked to hold less than the provider allows, a full one is as full as it was asked to be
+    assert step({**style, "size": 10, "cap": 100}, 10, {}).verdict is Verdict.SPLIT
+    assert step({**style, "size": 100, "cap": 10}, 10, {}).verdict is Verdict.SPLIT
+    assert step({**style, "size": 10}, 10, {}) == Step()
     assert step({**capped, "split": False}, 10, {}) == Step()
     assert step({**capped, "more": "more"}, 10, {"more": False}) == Step()
 
