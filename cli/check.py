@@ -60,9 +60,17 @@ def check(
             }
         )
     else:
+        told: set[tuple[Path, int | None, str, str]] = set()  # a definition's problems come with upstream.yml as well
         for path, one in found:
+            fresh = 0
             for problem in one.problems:
-                put(str(problem))
+                same = (Path(problem.file).resolve(), problem.line, problem.field, problem.message)
+                if same not in told:
+                    put(str(problem))
+                    told.add(same)
+                    fresh += 1
+            if one.problems and not fresh:
+                put(f"{path}: not valid, because of what is told above")
             for warning in one.warnings:
                 put(f"{warning} [warning]")
             if not one.problems:

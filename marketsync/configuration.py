@@ -20,9 +20,9 @@ from pydantic import BaseModel, ValidationError
 
 from marketsync.definition import Dataset, Definition, Limit, Subjects
 from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
-from marketsync.durations import Unit, parse_span, parse_span_of
+from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
-from marketsync.names import choice, known_names, request_names, wrong_names
+from marketsync.names import braced, choice, known_names, request_names, wrong_names
 from marketsync.upstream import FOLDER_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
@@ -504,12 +504,9 @@ class _Definition:
                         self._say(path, f"{text} is empty: the rule's regular expression {has}", "add a group (\\d+)")
                 elif what == "limit":
                     self._say(path, f"'{text}' is not a group of the rule", "write $match.1")
-                elif not re.fullmatch(r"\$header\.[A-Za-z0-9-]+", text):
-                    try:
-                        parse_span_of(text, [unit for unit in Unit if unit is not Unit.SESSION])
-                    except ValueError:
-                        near = "$header.Retry-After, $match.1 or a span such as 60 seconds"
-                        self._say(path, f"'{text}' does not say how long", f"write {near}")
+                elif text.startswith("$") and not re.fullmatch(r"\$header\.[A-Za-z0-9-]+", text):
+                    near = "$header.Retry-After, $match.1 or a span such as 60 seconds"
+                    self._say(path, f"'{text}' does not say how long", f"write {near}")
 
     def _rows(self) -> None:
         """References to another dataset's rows: it must be there, hold the column, and not come back to its child."""
@@ -595,6 +592,8 @@ class _Whole:
         self.found: list[Problem] = []
         self.warnings: list[Problem] = []
         self.read: dict[Path, Definition | None] = {}
+        self.named: dict[Path, list[str]] = {}  # the datasets as a file names them, those with mistakes too
+        self.given: dict[str, list[str]] = {}  # the same by upstream
         self.definitions: dict[str, Definition] = {}
         self.unreadable: set[str] = set()
 
@@ -649,11 +648,14 @@ class _Whole:
                 return None
         if path not in self.read:
             try:
-                definition, problems = _definition(read_document(path))
+                document = read_document(path)
+                definition, problems = _definition(document)
+                self.named[path] = list(document.value.get("datasets") or ())
             except ConfigurationError as error:
                 definition, problems = None, error.problems
             self.found += problems
             self.read[path] = definition
+        self.given[name] = self.named.get(path, [])
         return self.read[path]
 
     def _overrides(self, name: str, upstream: Upstream, definition: Definition) -> None:
@@ -672,11 +674,11 @@ class _Whole:
                 )
             )
         for dataset in upstream.calendars:
-            if dataset not in definition.datasets:
+            if dataset not in self.given[name]:
                 self._say(
                     ("upstreams", name, "calendars", dataset),
                     f"there is no dataset '{dataset}'",
-                    choice(dataset, list(definition.datasets), sign=""),
+                    choice(dataset, self.given[name], sign=""),
                 )
 
     def _rows_universe(self, name: str, universe: Universe) -> None:
@@ -703,7 +705,9 @@ class _Whole:
             return None
         known = self.definitions[upstream].datasets
         if dataset not in known:
-            self._say(place, f"{upstream} has no dataset '{dataset}'", choice(dataset, list(known), sign=""))
+            given = self.given[upstream]
+            if dataset not in given:  # a mistake of its own was told where it stands
+                self._say(place, f"{upstream} has no dataset '{dataset}'", choice(dataset, given, sign=""))
             return None
         return known[dataset]
 
@@ -731,9 +735,11 @@ class _Whole:
                         f"universes: {known}",
                     )
                 elif spec.universe not in (None, "$plan") and spec.universe not in self.configuration.universes:
+                    plans = closest(str(spec.universe), ["plan"]) is not None
                     self._say(
                         place,
                         f"{full} is asked over the universe '{spec.universe}', which this file does not have",
+                        f"{'did you mean $plan in the definition? Else ' if plans else ''}"
                         f"add universes: {{{spec.universe}: [...]}}",
                     )
                 elif wrong := self._refused(name, plan, spec, len(over.subjects)):
@@ -851,7 +857,9 @@ def _no_definition(name: str) -> str:
 def _scheme_problems(document: Document, place: FieldPath, url: str) -> Iterator[Problem]:
     scheme, separator, rest = url.partition("://")
     line = document.line(place)
-    if not separator:
+    if wrong := braced(url):
+        yield Problem(document.name, line, dotted(place), *wrong)
+    elif not separator:
         yield Problem(document.name, line, dotted(place), f"'{url}' is not a store's URL", "write delta://./data")
     elif scheme not in STORE_SCHEMES:
         near = closest(scheme, list(STORE_SCHEMES))

@@ -71,6 +71,22 @@ def _as_pattern(text: str) -> str | None:
     return made if "%" in made else None
 
 
+def _universe_text(text: str) -> str:
+    if text.startswith("$") and text != "$plan":
+        raise ValueError(f"there is no {text} here; did you mean $plan? Or the name of a universe, without $")
+    return text
+
+
+def _wait_text(text: str) -> str:
+    if not text.startswith("$"):
+        try:
+            _dated_span_text(text)
+        except ValueError:
+            remedy = "write $header.Retry-After, $match.1 or a span such as 60 seconds"
+            raise ValueError(f"'{text}' does not say how long; {remedy}") from None
+    return text
+
+
 def _zone_text(text: str) -> str:
     parse_zone(text)
     return text
@@ -166,7 +182,7 @@ class Request(Model):
 class Subjects(Model):
     """Where the values of one name of `over` come from, and how many go into one request."""
 
-    universe: str | None = Field(
+    universe: Annotated[str, AfterValidator(_universe_text)] | None = Field(
         default=None, description="$plan (the universe of the plan that syncs this dataset) or the name of a universe."
     )
     list: tuple[str, ...] | None = Field(default=None, description="The values themselves.")
@@ -204,7 +220,7 @@ def _as_subjects(value: Any) -> Any:
 
 
 def _as_window(value: Any) -> Any:
-    return {"every": value} if isinstance(value, str) else value
+    return {"every": str(value)} if isinstance(value, str | int | float) else value
 
 
 class Over(Model):
@@ -439,7 +455,7 @@ class Fault(Model):
 
     when: When = Field(description="What the answer looks like.")
     then: Verdict = Field(description="The verdict.")
-    wait: str | None = Field(
+    wait: Annotated[str, AfterValidator(_wait_text)] | None = Field(
         default=None,
         description="cool_down and quota: how long. $header.NAME (seconds, an HTTP date or Unix time), $match.1 (a "
         "group of the regular expression: seconds, or with `unit` that unit), or a span such as 60 seconds. "
@@ -650,7 +666,11 @@ class Dataset(Model):
     def _consistent(self) -> Self:
         columns = self.columns
         if len(columns) != len(self.schema_):
-            raise ValueError("two raw fields become the same column; give one of them another `as`")
+            twice = next(name for name in columns if sum((f.as_ or raw) == name for raw, f in self.schema_.items()) > 1)
+            raws = [raw for raw, spec in self.schema_.items() if (spec.as_ or raw) == twice]
+            raise ValueError(
+                f"schema: {' and '.join(raws)} become the same column '{twice}'; give one of them another `as`"
+            )
         for name in self.key:
             if name not in columns:
                 raise ValueError(f"key names {name!r}, which is not a column; columns: {', '.join(columns)}")

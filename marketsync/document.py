@@ -63,6 +63,16 @@ class Document:
             line, node = found
         return line if line is not None else (1 if node is not None else None)
 
+    def written(self, path: FieldPath) -> str | None:
+        """Return the text of a value as it stands in the file; None where no single value stands."""
+        node = self.root
+        for step in path:
+            found = _child(node, step)
+            if found is None:
+                return None
+            node = found[1]
+        return node.value if isinstance(node, ScalarNode) else None
+
 
 def _child(node: Node | None, step: str | int) -> tuple[int, Node] | None:
     if isinstance(node, MappingNode):
@@ -254,6 +264,8 @@ def _syntax_problem(error: yaml.YAMLError, text: str, name: str) -> Problem:
                 return Problem(name, number, "", "a tab stands in the indent", "YAML indents with spaces only")
     context = getattr(error, "context_mark", None)
     opened = f" (it begins in line {context.line + 1})" if context is not None and context.line + 1 != line else ""
+    if line is not None and line <= len(lines) and "${" in lines[line - 1]:
+        return Problem(name, line, "", "${...} means nothing here", "a secret is written $secret.NAME")
     for known, message, remedy in _SYNTAX:
         if known in said:
             return Problem(name, line, "", message + opened, remedy)

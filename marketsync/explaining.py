@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -146,8 +146,15 @@ def _sentences(
             return
         remedy = ""
         if "a text" in wanted and isinstance(given, bool | int | float):
-            shown = _shown(given, path)
-            remedy = "put it in quotes" if shown == HIDDEN else f"put it in quotes: '{shown}'"
+            shown = document.written(path) or _shown(given, path)
+            hidden = _shown(given, path) == HIDDEN
+            about = _field_at(model, path)
+            if hidden:
+                remedy = "put it in quotes"
+            elif about is None or _accepts(about, shown):
+                remedy = f"put it in quotes: '{shown}'"
+            elif _accepts(about, f"{shown} seconds"):
+                remedy = f"write {shown} seconds, or with another unit"
         elif isinstance(given, str) and any("block" in w for w in wanted):
             fields = _fields_at(model, path)
             remedy = f"fields: {', '.join(fields)}" if fields else ""
@@ -191,6 +198,8 @@ def _sentence(
     elif kind in ("value_error", "assertion_error"):
         for line in str(context.get("error", one["msg"])).split("\n"):
             where, message = _refined(path, line, document.value)
+            if (written := document.written(where)) is not None:
+                message = message.replace(f"quotes: '{_at(document.value, where)}'", f"quotes: '{written}'")
             message, remedy = _halves(message)
             yield where, message, remedy
     else:
@@ -207,11 +216,12 @@ def _refined(path: FieldPath, line: str, value: Any) -> tuple[FieldPath, str]:
     for step in named[1].split("."):
         if isinstance(at, dict) and step in at:
             at = at[step]
+            steps.append(step)
         elif isinstance(at, list) and step.isdigit() and int(step) < len(at):
             at = at[int(step)]
+            steps.append(int(step))
         else:
             break
-        steps.append(int(step) if isinstance(at, list) and step.isdigit() else step)
     if not steps or (named[2] is None and len(steps) < len(named[1].split("."))):
         return path, line
     return (*path, *steps), line[named.end() :] if named[2] else line
@@ -299,6 +309,18 @@ def _field_at(model: type[BaseModel], path: FieldPath) -> FieldInfo | None:
         if isinstance(plain, type) and issubclass(plain, BaseModel):
             return fields_of(plain).get(str(path[-1]))
     return None
+
+
+def _accepts(info: FieldInfo, text: str) -> bool:
+    """Return whether a text passes what the models ask of this field's texts."""
+    asked: Any = info.annotation
+    for more in info.metadata:
+        asked = typing.Annotated[asked, more]
+    try:
+        TypeAdapter(asked).validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def allowed_values(annotation: Any) -> list[str]:

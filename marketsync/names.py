@@ -19,20 +19,36 @@ WINDOW_NAMES = ("start", "end", "last", "year", "month", "day")
 NAME = re.compile(r"\$(?:(\$)|((?:window|secret|match)\.[A-Za-z0-9_]+|header\.[A-Za-z0-9_-]+|[A-Za-z_][A-Za-z0-9_]*))")
 
 
+# As shells and other tools write a name; nothing here is replaced by its value.
+BRACED = re.compile(r"(?<!\$)\$\{(\w*)[^}]*\}?")
+
+
 def names_in(value: Any) -> Iterator[tuple[FieldPath, str]]:
     """Yield every $name in a text or in the texts of a nested value, with where it stands ($$ is a plain $)."""
-    if isinstance(value, str):
-        for found in NAME.finditer(value):
+    for path, text in texts_in(value):
+        for found in NAME.finditer(text):
             if found[2]:
-                yield (), found[2]
+                yield path, found[2]
+
+
+def texts_in(value: Any) -> Iterator[tuple[FieldPath, str]]:
+    """Yield every text of a nested value, with where it stands."""
+    if isinstance(value, str):
+        yield (), value
     elif isinstance(value, dict):
         for name, item in value.items():
-            for path, found in names_in(item):
-                yield (str(name), *path), found
+            for path, text in texts_in(item):
+                yield (str(name), *path), text
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            for path, found in names_in(item):
-                yield (index, *path), found
+            for path, text in texts_in(item):
+                yield (index, *path), text
+
+
+def braced(text: str) -> tuple[str, str] | None:
+    """Return what is wrong with a text that holds ${NAME}, and what would be right; None when it holds none."""
+    found = BRACED.search(text)
+    return found and (f"{found[0]} means nothing here", f"a secret is written $secret.{found[1] or 'NAME'}")
 
 
 def known_names(dataset: Dataset) -> list[str]:
@@ -70,6 +86,13 @@ def wrong_names(definition: Definition, datasets: Iterable[str] | None = None) -
                 elif subject is not None and subject.batch > 1:
                     message = f"a request asks for {subject.batch} of ${text}, and their rows could not be told apart"
                     yield place, message, "leave batch out, or read the column from the answer"
+        request = dataset.request.model_dump(by_alias=True, include={"path", "query", "headers", "json_body"})
+        for path, text in texts_in(request):
+            if wrong := braced(text):
+                yield ("datasets", name, "request", *path), *wrong
+    for path, text in texts_in(definition.auth.model_dump()):
+        if wrong := braced(text):
+            yield ("auth", *path), *wrong
     for path, text in names_in(definition.auth.model_dump()):
         if not text.startswith("secret."):
             yield ("auth", *path), f"${text} has no value here", "only $secret.NAME can stand in auth"

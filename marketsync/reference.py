@@ -61,6 +61,8 @@ _TEXTS = {
     "_span_text": "span",
     "_fixed_span_text": "span of fixed length",
     "_dated_span_text": "span without sessions",
+    "_universe_text": "text",
+    "_wait_text": "text",
     "_dates_text": "text",
     "_format_text": "text",
     "_zone_text": "time zone",

@@ -61,10 +61,16 @@ def _symbols(value: Any) -> Any:
     """Read a list of symbols: numbers are taken as written, but what YAML takes for something else is refused."""
     if not isinstance(value, (list, tuple)):
         return value
-    for item in value:
-        if isinstance(item, bool) or item is None or isinstance(item, (float, dict, list)):
-            word = "null" if item is None else str(item).lower() if isinstance(item, bool) else item
-            raise ValueError(f"one item is not a symbol but what YAML reads as {word!r}; put symbols in quotes: 'TRUE'")
+    wrong = []
+    for index, item in enumerate(value):
+        if isinstance(item, bool) or item is None or isinstance(item, float):
+            what = "true or false" if isinstance(item, bool) else "nothing" if item is None else "a number"
+            wrong.append(f"{index}: is what YAML reads as {what}, and no symbol; put it in quotes: '{item}'")
+        elif isinstance(item, (dict, list)):
+            what = "a list" if isinstance(item, list) else "a block of fields"
+            wrong.append(f"{index}: is {what}, and no symbol; write one symbol an item")
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return [str(item) for item in value]
 
 

@@ -262,6 +262,30 @@ DEFINITIONS_REFUSED = [
         "did you mean '%d.%m.%Y %H:%M:%S'?",
     ),
     ("    key", "    published: 2 months after close\n    key", 10, "datasets.bars.published", "hours, days or weeks"),
+    (
+        "datasets:\n",
+        "faults:\n  - {when: {status: 429}, then: cool_down, wait: 60}\ndatasets:\n",
+        4,
+        "faults.0.wait",
+        "must be a text, and is '60' (write 60 seconds, or with another unit)",
+    ),
+    ("query: {s", "timeout: 30, query: {s", 6, "datasets.bars.request.timeout", "write 30 seconds, or with another"),
+    ("window: 1 year", "window: 5", 5, "datasets.bars.over.window", "'5' is not a span of time (write a positive"),
+    ("{universe: $plan}", "$plans", 5, "datasets.bars.over.symbol", "there is no $plans here (did you mean $plan?"),
+    (
+        "datasets:\n",
+        "auth:\n  headers:\n    X-Key: ${NAME}\ndatasets:\n",
+        5,
+        "auth.headers.X-Key",
+        "${NAME} means nothing here (a secret is written $secret.NAME)",
+    ),
+    (
+        "close: f64}",
+        "close: f64, c: {as: close, type: f64}}",
+        9,
+        "datasets.bars.schema",
+        "close and c become the same column 'close' (give one of them another `as`)",
+    ),
     ("query: {s: $symbol", "query: {s: [$symbol]", 6, "datasets.bars.request.query.s", "and is a list"),
 ]
 
@@ -335,7 +359,22 @@ UPSTREAMS_REFUSED = [
     ),
     ("delta://", "detla://", 6, "stores.default", "did you mean delta://? stores: delta://"),
     ("delta://./data", "./data", 6, "stores.default", "write delta://./data"),
-    ("[AAPL, MSFT]", "[AAPL, TRUE]", 4, "universes.tech", "put symbols in quotes"),
+    (
+        "[AAPL, MSFT]",
+        "[AAPL, TRUE]",
+        4,
+        "universes.tech.1",
+        "is what YAML reads as true or false, and no symbol (put it in quotes: 'TRUE')",
+    ),
+    (
+        "[AAPL, MSFT]",
+        "[1e5, MSFT]",
+        4,
+        "universes.tech.0",
+        "reads as a number, and no symbol (put it in quotes: '1e5')",
+    ),
+    ("universe: tech", "universe: [A, ~]", 10, "plans.nightly.universe.1", "(put it in quotes: '~')"),
+    ("delta://./data", "postgresql://me:${PW}@host/db", 6, "stores.default", "a secret is written $secret.PW"),
     ("[AAPL, MSFT]", "[]", 4, "universes.tech", "the universe is empty"),
     ("[AAPL, MSFT]", "{file: tech.txt}", 4, "universes.tech.file", "there is no such universe file"),
     ("[AAPL, MSFT]", "{rows: alpaca.daily_bars, column: tickr}", 4, "universes.tech.rows", "columns: symbol, ts"),
@@ -388,6 +427,7 @@ def test_a_wrong_maintenance_file_is_refused_with_line_field_and_remedy(write, o
 NOT_YAML = [
     ("", None, "the file is empty"),
     ("# only a comment\n", None, "the file is empty"),
+    ("auth:\n  headers: {X-Key: ${NAME}}\n", 2, "${...} means nothing here (a secret is written $secret.NAME)"),
     ("- a\n", 1, "the file holds a list, not fields"),
     ("hello\n", 1, "the file holds a text, not fields"),
     ("a: 1\nb: 2\n", 1, "none of its fields (a, b)"),
@@ -447,6 +487,21 @@ def test_problems_of_several_files_come_together_each_with_its_file(write):
     with pytest.raises(ConfigurationError) as refused:
         load_configuration(path)
     assert [(p.file, p.line) for p in refused.value.problems] == [(str(wrong), 7), (str(path), 7)]
+
+
+@pytest.mark.parametrize(("old", "new"), [("1 year", "1 yaer"), ("key: [symbol", "key: [symbo"), ("f64", "f65")])
+def test_a_dataset_with_a_mistake_is_not_called_absent(write, old, new):
+    write(changed(DEFINITION, old, new), "acme.yml")
+    plan = "plans: {p: {datasets: acme.bars, universe: [A], since: 2020-01-01}}\n"
+    (problem,) = check_file(write("upstreams: {acme: {definition: ./acme.yml}}\n" + plan, "upstream.yml"))
+    assert problem.file.endswith("acme.yml")
+
+
+def test_a_universe_that_was_meant_to_be_the_plans_is_told_where_the_plan_uses_it(write):
+    write(changed(DEFINITION, "$plan", "plan"), "acme.yml")
+    plan = "plans: {p: {datasets: acme.bars, universe: [A], since: 2020-01-01}}\n"
+    (problem,) = check_file(write("upstreams: {acme: {definition: ./acme.yml}}\n" + plan, "upstream.yml"))
+    assert "did you mean $plan in the definition?" in problem.remedy
 
 
 def test_what_is_wrong_in_a_shared_part_is_told_once_and_where_it_stands(write):

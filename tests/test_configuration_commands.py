@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from marketsync.configuration import check_file, load_configuration
+from marketsync.configuration import check_file, load_configuration, shipped_definitions
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +69,17 @@ def test_check_ends_with_2_and_tells_each_problem_on_a_line_of_its_own(tmp_path)
         "bad.yml:2:",
     ]
     assert "Traceback" not in bad.stdout + bad.stderr
+
+
+def test_check_tells_a_problem_of_a_definition_once_when_two_files_have_it(tmp_path):
+    source = shipped_definitions()["alpaca"].read_text(encoding="utf-8").replace("calendar: XNYS", "calendar: XNYC")
+    (tmp_path / "mine.yml").write_text(source)
+    (tmp_path / "upstream.yml").write_text("upstreams: {alpaca: {definition: ./mine.yml, tier: basic}}\n")
+    done = marketsync("check", str(tmp_path / "mine.yml"), "upstream.yml", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 2
+    assert len([line for line in lines if "there is no calendar 'XNYC'" in line]) == source.count("XNYC")
+    assert "upstream.yml: not valid, because of what is told above" in lines
 
 
 def test_check_can_require_that_secrets_have_values(tmp_path):
