@@ -274,13 +274,25 @@ class Judgement:
     def completeness(self) -> float | None:
         """The share of expected sessions that are there or whose absence is understood; None when none is expected."""
         due = self.expected - self.not_yet
+        if self.nothing_at_all:
+            return 0.0
         return (due - self.missing) / due if due else None
+
+    @property
+    def nothing_at_all(self) -> bool:
+        """Whether every subject was answered empty for every session: more likely a wrong question than an answer."""
+        return self.full and self.empty > 0 and not (self.present or self.rows)
 
     @property
     def findings(self) -> list[str]:
         """What is wrong, a sentence each; empty when nothing is."""
         found = []
         due = self.expected - self.not_yet
+        if self.nothing_at_all:
+            found.append(
+                f"{self.dataset}: not one row of {_many(len(self.subjects), 'subject')}: the provider answered that "
+                "there is nothing; are symbols, dates and request what it expects?"
+            )
         if self.missing and self.missing > self.allowed_missing * due:
             found.append(f"{self.dataset}: {_many(self.missing, 'session')} missing of {due:,} expected")
         if self.unexpected_rows:

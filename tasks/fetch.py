@@ -190,6 +190,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
         self._dropped_in_a_row = 0
+        self._absent: set[str] | None = None  # the columns that no row of any answer so far had
         self._asked = False  # whether this step has sent a request
         self._cut_short = False  # whether time was up before all was asked
         self._tried = 0
@@ -279,6 +280,8 @@ class Fetcher:
         for deliverer, target in zip(deliverers, scope.targets, strict=True):
             if deliverer.down is not None:
                 result.stores_down[target.store_id] = deliverer.down
+        if self._absent:
+            self._tally.note(self._never_seen(sorted(self._absent)))
         result.halt = self._halt
         result.stopped = None if self._watch.stop is None else str(self._watch.stop)
         result.counts = self._tally.counts
@@ -287,6 +290,19 @@ class Fetcher:
         result.stores = self._tally.stores
         result.ended = self._clock.now()
         return result
+
+    def _never_seen(self, columns: Sequence[str]) -> Note:
+        """Say which columns no row of this step had."""
+        raw = self._scope.spec.raw_of
+        names = ", ".join(
+            column if raw[column] == column else f"{raw[column]} (stored as {column})" for column in columns
+        )
+        return Note(
+            "never_seen",
+            self._scope.dataset,
+            "",
+            f"no row of any answer had {names}: stored without a value; is the field spelt as the provider spells it?",
+        )
 
     def _await_others(self) -> None:
         """Wait until what other processes have received is in the stores: what is judged next would miss it."""
@@ -387,6 +403,10 @@ class Fetcher:
             if verdict in (Verdict.ROWS, Verdict.EMPTY):
                 attempt = cooled = 0
                 rows += outcome.rows
+                if outcome.rows and outcome.batch is not None:
+                    with self._lock:
+                        absent = set(outcome.batch.absent)
+                        self._absent = absent if self._absent is None else self._absent & absent
                 last = outcome.cursor is None
                 writer.add(
                     PageRows(

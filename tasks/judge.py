@@ -54,6 +54,10 @@ _LOOK_BACK_DAYS = 92
 _IDLE_SESSIONS = 5
 
 
+ABSENT = "not in the provider's answer"
+ABSENT_OR_SET_ASIDE = "not in the provider's answer, or among the rows that were set aside"
+
+
 # ---------------------------------------------------------------- known holes
 
 
@@ -178,6 +182,7 @@ def judge(
     allowed_missing: float = 0.0,
     spans: Sequence[Interval] | None = None,
     firsts: Mapping[str, date] | None = None,
+    set_aside: bool = False,
 ) -> Judgement:
     """Judge what the plan wants of `dataset` (as the store names it) from `since` up to and excluding `until`.
 
@@ -190,7 +195,8 @@ def judge(
     without coverage every absence after the first row is missing. Sessions before a subject's first row are not
     expected, unless a known hole that is open at its beginning says when it was listed. With `spans`, a subject that
     lacks sessions is looked up in the quarter before them (and in `firsts`: first dates known from elsewhere), so that
-    a gap in the midst of a history is not taken for a listing.
+    a gap in the midst of a history is not taken for a listing. `set_aside`: rows of the dataset are in quarantine, and
+    an absent session may be one of them.
 
     Reads the store and raises its errors. For `irregular` datasets, and without a calendar, only soundness is judged.
     """
@@ -253,6 +259,7 @@ def judge(
                 known.of(name),
                 name in existed,
                 denied.get(name, ()),
+                ABSENT_OR_SET_ASIDE if set_aside else ABSENT,
             )
         )
         for name in tally.names
@@ -654,6 +661,7 @@ def _verdicts(
     known: Sequence[KnownHole],
     existed: bool,
     refused: Sequence[Refused],
+    absent: str,
 ) -> Iterator[_Verdict]:
     """Yield what each absence of one subject means: its gaps, cut where the answer changes."""
     gaps = tally.gaps.get(name, [])
@@ -683,7 +691,9 @@ def _verdicts(
         edges = [low, *inside[bisect_right(inside, low) : bisect_right(inside, high)], high + 1]
         for begin, end in pairwise(edges):
             yield _Verdict(
-                begin, end - 1, *_meaning(begin, days, born, listed, explained, answered, pieces is not None, denied)
+                begin,
+                end - 1,
+                *_meaning(begin, days, born, listed, explained, answered, pieces is not None, denied, absent),
             )
 
 
@@ -696,6 +706,7 @@ def _meaning(
     answered: Sequence[tuple[int, int, Covered]],
     asked_known: bool,
     denied: Sequence[tuple[int, int, str]],
+    absent: str,
 ) -> tuple[HoleState | None, str, bool]:
     if at < listed:
         return None, "", False
@@ -721,7 +732,7 @@ def _meaning(
         return HoleState.MISSING, "", False
     if piece.answer is Answer.NOT_YET:
         return HoleState.MISSING, "not published although the grace period is over", False
-    return HoleState.MISSING, "not in the provider's answer", False
+    return HoleState.MISSING, absent, False
 
 
 def _denial(one: Refused) -> str:

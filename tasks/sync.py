@@ -207,6 +207,19 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
     return replace(report, datasets=tuple(parts), findings=())
 
 
+def _reasons(workspace: Workspace, dataset: str) -> str:
+    """Return why rows were set aside, by the newest of them: the columns, with an example each."""
+    import polars as pl
+
+    files = list(workspace.spool.quarantined(dataset))
+    if not files:
+        return "the files are gone"
+    rows = pl.read_ndjson(files[-1])
+    found = rows.group_by("column", maintain_order=True).agg(pl.col("reason").first(), pl.len())
+    shown = [f"{column or 'the row'}: {reason}" for column, reason, _ in found.sort("len", descending=True).iter_rows()]
+    return "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more columns" if len(shown) > 3 else "")
+
+
 def _judged(
     scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int, *, reopen: bool = False
 ) -> DatasetReport:
@@ -241,6 +254,7 @@ def _judged(
             allowed_missing=scope.plan.judge.missing,
             spans=None if small else list(touched),
             known=known,
+            set_aside=next(scope.spool.quarantined(scope.dataset), None) is not None,
         )
     if reopen and (late := reopened(judgement, coverage, scope.timing)):
         scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
@@ -416,8 +430,8 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
             rows = "1 row was" if set_aside == 1 else f"{set_aside:,} rows were"
             where = workspace.state / "quarantine" / outcome.dataset
             message = (
-                f"{rows} set aside: each is in {where} with the reason; when the definition is mended, "
-                f"`marketsync sync {plan} --refetch` asks for them again"
+                f"{rows} set aside ({_reasons(workspace, outcome.dataset)}): each is in {where} with its reason; when "
+                f"the definition is mended, `marketsync sync {plan} --refetch` asks for them again"
             )
             remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, message=message))
         if outcome.prepared is not None and outcome.prepared.new_columns:
