@@ -22,7 +22,7 @@ from marketsync.definition import Dataset, Definition, Limit, Subjects
 from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
-from marketsync.names import braced, choice, known_names, request_names, wrong_names
+from marketsync.names import braced, choice, known_names, request_names, texts_in, wrong_names
 from marketsync.upstream import FOLDER_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
@@ -134,6 +134,31 @@ class Loaded:
         symbols = _symbols_of(spec, self.base) if spec.file is not None else tuple(dict.fromkeys(spec.list or ()))
         self._universes[name] = symbols
         return symbols
+
+    def place(self, upstream: str, path: FieldPath) -> str:
+        """Return where a field of an upstream's definition stands, as people are told: file:line: field."""
+        file = self._definition_file(upstream)
+        try:
+            line = read_document(file).line(path)
+        except ConfigurationError:  # changed since it was loaded
+            line = None
+        return f"{file}:{line}: {dotted(path)}" if line else f"{file}: {dotted(path)}"
+
+    def secret_place(self, name: str) -> str:
+        """Return where a secret is asked for, as `place` does: in a definition, or here. Empty where nothing asks."""
+        for file in [*map(self._definition_file, self.definitions), self.path]:
+            try:
+                document = read_document(file)
+            except ConfigurationError:
+                continue
+            for path, text in texts_in(document.value):
+                if name in SECRET.findall(text):
+                    return f"{file}:{document.line(path)}: {dotted(path)}"
+        return ""
+
+    def _definition_file(self, upstream: str) -> Path:
+        source = self.upstream(upstream).definition or upstream
+        return SHIPPED / f"{source}.yml" if _is_shipped_name(source) else self.base / Path(source).expanduser()
 
     @cached_property
     def secrets(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ It never loops over pages and never retries: the engine (`tasks/`) does, since i
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +17,7 @@ import msgspec
 
 from marketsync.clock import Clock
 from marketsync.definition import Definition, Scope, Verdict
-from marketsync.document import dotted
+from marketsync.document import FieldPath, dotted
 from marketsync.durations import Span, Unit, parse_span
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch
@@ -30,7 +30,7 @@ from providers.limits import Limiter
 from providers.paging import next_step
 from providers.redaction import hide
 from providers.request import Ask, Prepared, constants, prepare, token_request
-from providers.secrets import Secrets
+from providers.secrets import SECRET, Secrets
 from providers.transport import Answer, HttpRequest, Transport
 
 __all__ = ["Ask", "Client", "Outcome"]
@@ -101,6 +101,7 @@ _tokens_lock = threading.Lock()
 class Client:
     """Asks one account at one provider. Thread-safe.
 
+    `place` tells a person where a field of the definition stands (its file and line, where they are known).
     ConfigurationError from the constructor: the definition uses $names that do not exist.
     """
 
@@ -113,6 +114,7 @@ class Client:
         limiter: Limiter,
         secrets: Secrets,
         clock: Clock,
+        place: Callable[[FieldPath], str] = dotted,
     ):
         wrong = [f"{dotted(path)}: {message} ({remedy})" for path, message, remedy in wrong_names(definition)]
         if wrong:
@@ -124,6 +126,7 @@ class Client:
         self._decoders: dict[str, Decoder] = {}
         self._rules: dict[str, Rules] = {}
         self._grace = {name: parse_span(spec.grace).approximate_seconds for name, spec in definition.datasets.items()}
+        self._place = place
         self._token_lock = threading.Lock()
         self._last = threading.local()
 
@@ -208,7 +211,7 @@ class Client:
                 except Malformed as error:
                     trouble = str(error)
                 except Unexpected as error:
-                    return None, Ruling(Verdict.FAIL, str(error))
+                    return None, self._unexpected(ask, error)
             else:
                 opened = Opened(_document(answer.body), (), False, answer.body)
         end = ask.window_end or ask.end
@@ -232,6 +235,8 @@ class Client:
         ruling: Ruling,
         sent: int,
     ) -> Outcome:
+        if ruling.verdict in (Verdict.STOP_PROVIDER, Verdict.REFRESH_AUTH) or answer.status == 401:
+            ruling = replace(ruling, message=f"{ruling.message}{self._credentials(ask)}".strip())
         if ruling.verdict not in (Verdict.ROWS, Verdict.EMPTY):
             return self._without_rows(self._heeded(ask, ruling), request, answer, sent)
         dataset = self.definition.datasets[ask.dataset]
@@ -245,7 +250,7 @@ class Client:
         except Malformed as error:
             return self._without_rows(Ruling(Verdict.RETRY, str(error)), request, answer, sent)
         except Unexpected as error:
-            return self._without_rows(Ruling(Verdict.FAIL, str(error)), request, answer, sent)
+            return self._without_rows(self._unexpected(ask, error), request, answer, sent)
         if ruling.verdict is Verdict.EMPTY and dataset.page.style not in ("token", "next_url"):
             following, stopped = None, None
         else:
@@ -276,6 +281,18 @@ class Client:
             None,
             sent,
         )
+
+    def _unexpected(self, ask: Ask, error: Unexpected) -> Ruling:
+        """Return the ruling on an answer that is not what the dataset says, with the field that says it."""
+        return Ruling(Verdict.FAIL, f"{self._place(('datasets', ask.dataset, *error.field.split('.')))}: {error}")
+
+    def _credentials(self, ask: Ask) -> str:
+        """Return which secrets the requests of a dataset send, and where each was found; never what they are."""
+        asked = self.definition.datasets[ask.dataset].request.model_dump_json()
+        names = dict.fromkeys(SECRET.findall(self.definition.auth.model_dump_json() + asked))
+        found = [f"{name}, from {origin}" for name in names if (origin := self._secrets.origin(name))]
+        plural = "were the secrets" if len(found) > 1 else "was the secret"
+        return f" [sent {plural} {', and '.join(found)}]" if found else ""
 
     def _bounds(self, ask: Ask) -> tuple[datetime | None, datetime | None]:
         """Return what the times of the rows must be within.

@@ -41,6 +41,7 @@ _SPLIT_KEYED_BYTES = 131_072  # from here on, long lists by key are parsed outsi
 _SPLIT_KEY_BYTES = 65_536
 _SHALLOW_BYTES = 4_096
 _REMEMBERED = 256
+_KEYS_SHOWN = 12
 _MISSING = object()
 _COLON = re.compile(rb"\s*:\s*")
 _FIRST_VALUE = re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(.)', re.DOTALL)
@@ -52,7 +53,14 @@ class Malformed(ProviderError):
 
 
 class Unexpected(ProviderError):
-    """The answer is well formed and not what the definition says: asking again does not help."""
+    """The answer is well formed and not what the definition says: asking again does not help.
+
+    `field` is where the dataset says otherwise, such as response.rows.
+    """
+
+    def __init__(self, message: str, field: str = "response"):
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -315,16 +323,12 @@ class Decoder:
     def _read(self, opened: Opened) -> Batch:
         if self._response.format is Format.CSV:
             if opened.document is not None:
-                raise Unexpected(f"the answer is JSON where CSV is expected: {_shown(opened.body)}")
+                raise Unexpected(f"the answer is JSON where CSV is expected: {_shown(opened.body)}", "response.format")
             return _joined([self._read_csv(piece.part) for piece in opened.pieces])
         if not opened.found and len(self._path) > 1 and walk(opened.document, ".".join(self._path[:-1])) == {}:
             return self.nothing()  # {"corporate_actions": {}} has none of any kind
         if not opened.found:
-            path = ".".join(self._path) or "rows"
-            raise Unexpected(
-                f"the answer holds no {path!r}: {_shown(opened.body)}. If the provider leaves it out when there is "
-                "nothing, say so with a rule: {when: {path: {" + path + ": null}}, then: empty}"
-            )
+            raise self._no_rows(opened)
         if self._shape is Shape.COLUMNS:
             return _joined([self._read_columns(piece.document) for piece in opened.pieces])
         return _joined([self._read_piece(piece) for piece in opened.pieces])
@@ -365,13 +369,29 @@ class Decoder:
             return None
         return tuple(str(name.get("name")) if isinstance(name, dict) else str(name) for name in names)
 
+    def _no_rows(self, opened: Opened) -> Unexpected:
+        """Tell of rows that are not where the definition says; the remedy comes first, should the end be cut off."""
+        path, begins = ".".join(self._path), f". It begins with {_shown(opened.body)}"
+        if not path:
+            wanted = "an object" if self._shape in (Shape.KEYED, Shape.COLUMNS) else "a list"
+            has = _keys_along(opened.document, ())
+            remedy = f": it has {has}; name the one that holds the rows (response: {{rows: ...}})" if has else ""
+            what = f"the answer is not {wanted} of rows, but {_noun(opened.document)}"
+            return Unexpected(what + remedy + begins, "response.rows")
+        return Unexpected(
+            f"the answer holds no {path!r}: it has {_keys_along(opened.document, self._path) or 'no keys'}; name the "
+            "path to the rows (empty: the whole body), or, if the provider leaves it out when there is nothing, add "
+            "the rule {when: {path: {" + path + ": null}}, then: empty}" + begins,
+            "response.rows",
+        )
+
     def _checked_names(self, document: Any) -> tuple[str, ...]:
         names = self._names(document)
         if names is None:
-            raise Unexpected(f"the answer holds no list of names at {self._response.columns!r}")
+            raise Unexpected(f"the answer holds no list of names at {self._response.columns!r}", "response.columns")
         missing = [column.raw for column in self._fields if column.needed and column.raw not in names]
         if missing:
-            raise Unexpected(f"the answer has no column {', '.join(missing)}; it has {', '.join(names)}")
+            raise Unexpected(f"the answer has no column {', '.join(missing)}; it has {', '.join(names)}", "schema")
         return names
 
     def _unnamed(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -510,7 +530,7 @@ class Decoder:
         ]
         needed = [column.raw for column in gone if column.needed]
         if needed:
-            raise Unexpected(f"no row of the answer has the field {', '.join(needed)}: {_shown(part)}")
+            raise Unexpected(f"no row of the answer has the field {', '.join(needed)}: {_shown(part)}", "schema")
         return tuple(column.name for column in gone)
 
     # -- records or lists by key
@@ -653,7 +673,7 @@ class Decoder:
         if not any(lists.values()):
             return self.nothing()
         if missing:
-            raise Unexpected(f"the answer has no column {', '.join(missing)}")
+            raise Unexpected(f"the answer has no column {', '.join(missing)}", "schema")
         heights = {column.raw: len(lists[column.name]) for column in self._fields if column.name in lists}
         if len(set(heights.values())) > 1:
             raise Malformed(f"the columns differ in length: {heights}")
@@ -684,7 +704,9 @@ class Decoder:
                 return self.nothing()
             missing = [column.raw for column in self._fields if column.needed and column.raw not in names]
             if missing:
-                raise Unexpected(f"the answer has no column {', '.join(missing)}; its first line is {_shown(line)}")
+                raise Unexpected(
+                    f"the answer has no column {', '.join(missing)}; its first line is {_shown(line)}", "schema"
+                )
         if not body.strip():
             return self.nothing()
         frame = self._fast_csv(body, names)
@@ -917,7 +939,20 @@ def _cut_raw(body: bytes, path: list[str]) -> tuple[Any, bytes | None, bool]:
 def _expect(part: bytes, opener: bytes, path: str) -> None:
     if part.lstrip()[:1] != opener:
         noun = {b"[": "a list", b"{": "an object"}[opener]
-        raise Unexpected(f"{path or 'the answer'} is not {noun} of rows: {_shown(part)}")
+        raise Unexpected(f"{path or 'the answer'} is not {noun} of rows: {_shown(part)}", "response.rows")
+
+
+def _keys_along(document: Any, path: Sequence[str]) -> str:
+    """Return the keys that a document has, at its top and on the way along the path as far as it goes."""
+    told = []
+    for depth in range(len(path) + 1):
+        here = walk(document, ".".join(path[:depth])) if depth else document
+        if not isinstance(here, dict) or depth == len(path) > 0:
+            break
+        keys = ", ".join(map(str, list(here)[:_KEYS_SHOWN])) or "nothing"
+        more = ", ..." if len(here) > _KEYS_SHOWN else ""
+        told.append(f"in {'.'.join(path[:depth])}: {keys}{more}" if depth else keys + more)
+    return ", and ".join(told)
 
 
 def _shown(body: bytes) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,34 +24,52 @@ class Secrets:
     """The secrets of one configuration folder. Thread-safe; a value that was found is kept for the process."""
 
     def __init__(
-        self, base: Path | str = ".", *, environment: Mapping[str, str] | None = None, mounted: Path = MOUNTED
+        self,
+        base: Path | str = ".",
+        *,
+        environment: Mapping[str, str] | None = None,
+        mounted: Path = MOUNTED,
+        place: Callable[[str], str] = lambda _: "",
     ):
         self._folder = Path(base) / ".secrets"
         self._environment = os.environ if environment is None else environment
         self._mounted = mounted
+        self._place = place  # where a secret is asked for: the file, line and field, for a person
         self._values: dict[str, str] = {}
+        self._origins: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str) -> str:
         """Return the value; `SecretMissing` says where to put it."""
         with self._lock:
             if name not in self._values:
-                value = self._find(name)
-                if not value:
-                    raise SecretMissing(
-                        f"the secret {name} has no value: set the environment variable {name}, or write it to "
-                        f"{self._folder / name} (or name a file in {name}_FILE)"
-                    )
+                try:
+                    value = self._find(name)
+                    if not value:
+                        raise SecretMissing(
+                            f"the secret {name} has no value: set the environment variable {name}, or write it to "
+                            f"{self._folder / name} (or name a file in {name}_FILE)"
+                        )
+                except SecretMissing as error:
+                    place = self._place(name)
+                    raise SecretMissing(f"{place}: {error}" if place else str(error)) from error.__cause__
                 self._values[name] = value
                 hide([value])
             return self._values[name]
 
+    def origin(self, name: str) -> str:
+        """Return where the value of a secret was found (empty: it was not looked up yet); never the value."""
+        with self._lock:
+            return self._origins.get(name, "")
+
     def _find(self, name: str) -> str | None:
         if value := self._environment.get(name):
+            self._origins[name] = f"the environment variable {name}"
             return value
         pointed = self._environment.get(f"{name}_FILE")
         if pointed:
             try:
+                self._origins[name] = f"{pointed}, which {name}_FILE names"
                 return _read(name, Path(pointed), f", which {name}_FILE names")
             except OSError as error:
                 raise SecretMissing(
@@ -60,7 +78,9 @@ class Secrets:
         for folder in (self._mounted, self._folder):
             path = folder / name
             try:
-                return _read(name, path)
+                value = _read(name, path)
+                self._origins[name] = str(path)
+                return value
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:

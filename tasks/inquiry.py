@@ -174,7 +174,9 @@ def conflicts(workspace: Workspace, plan: str) -> list[tuple[str, str, str]]:
                 if stored is not None:
                     evolution.added(name, stored, schema)
             except SchemaError as error:
-                found.append((name, store_id, str(error)))
+                told = "key" if ": key was" in str(error) else "schema"
+                place = workspace.loaded.place(upstream, ("datasets", short, told))
+                found.append((name, store_id, f"{error} (the definition: {place})"))
             except StoreError:
                 continue
     return found

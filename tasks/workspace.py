@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ class Workspace:
         """Where `$secret.NAME` is looked up."""
         from providers.secrets import Secrets
 
-        return Secrets(self.base)
+        return Secrets(self.base, place=self.loaded.secret_place)
 
     @cached_property
     def spool(self) -> Spool:
@@ -173,6 +173,7 @@ class Workspace:
                         self.limiter(upstream),
                         self.secrets,
                         self.clock,
+                        partial(self.loaded.place, upstream),
                     )
             return self._clients[upstream]
 

@@ -489,6 +489,21 @@ def test_problems_of_several_files_come_together_each_with_its_file(write):
     assert [(p.file, p.line) for p in refused.value.problems] == [(str(wrong), 7), (str(path), 7)]
 
 
+def test_a_field_of_a_definition_and_a_secret_can_be_pointed_at(write, tmp_path):
+    auth = "auth: {headers: {Key: $secret.ACME_KEY}}\ndatasets:\n"
+    write(changed(DEFINITION, "datasets:\n", auth), "acme.yml")
+    loaded = load_configuration(
+        write(
+            "upstreams: {a: {definition: ./acme.yml}}\nstores: {s: 'postgresql://u:$secret.PW@h/d'}\n", "upstream.yml"
+        )
+    )
+    rows = loaded.place("a", ("datasets", "bars", "response", "rows"))
+    assert rows == f"{tmp_path}/acme.yml:9: datasets.bars.response.rows"
+    assert loaded.secret_place("ACME_KEY") == f"{tmp_path}/acme.yml:3: auth.headers.Key"
+    assert loaded.secret_place("PW") == f"{tmp_path}/upstream.yml:2: stores.s"
+    assert loaded.secret_place("UNUSED") == ""
+
+
 @pytest.mark.parametrize(("old", "new"), [("1 year", "1 yaer"), ("key: [symbol", "key: [symbo"), ("f64", "f65")])
 def test_a_dataset_with_a_mistake_is_not_called_absent(write, old, new):
     write(changed(DEFINITION, old, new), "acme.yml")

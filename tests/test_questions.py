@@ -254,6 +254,26 @@ def test_a_limit_per_month_that_names_no_reset_can_be_worked_under(place):
     assert place.sync("bars") is RunState.COMPLETED
 
 
+# ---------------------------------------------------------------- where the mistake is
+
+
+def test_rows_that_are_elsewhere_are_told_with_the_file_line_and_field_and_the_whole_remedy(place):
+    place.define(DEFINITION.replace("    frequency: irregular\n", "").replace("rows: ticks", "rows: tiks"))
+    place.server.routes["/ticks"] = place.gives(b'{"ticks": [], "next": null}')
+    done = place.run("sync", "ticks", "--local")
+    said = " ".join((done.stdout + done.stderr).split())
+    line = DEFINITION.replace("    frequency: irregular\n", "").split("{rows: ticks}")[0].count("\n") + 1
+    assert f"acme.yml:{line}: datasets.ticks.response.rows: the answer holds no 'tiks': it has" in said
+    assert "{when: {path: {tiks: null}}, then: empty}" in said
+
+
+def test_a_secret_without_a_value_is_told_with_the_line_that_asks_for_it(place):
+    place.define("auth: {{headers: {{Key: $secret.ACME_KEY}}}}\n" + DEFINITION)
+    done = place.run("sync", "bars", "--local")
+    assert done.returncode == 2
+    assert "acme.yml:1: auth.headers.Key: the secret ACME_KEY has no value" in " ".join(done.stderr.split())
+
+
 # ---------------------------------------------------------------- what a run is asked to do beside its plan
 
 
@@ -446,11 +466,14 @@ def test_an_edit_that_a_table_cannot_follow_is_told_by_check_diff_and_sync_with_
     old, new, what = EDITS[edit]
     assert old in DEFINITION
     place.define(DEFINITION.replace(old, new, 1))
+    field = "key" if edit == "key" else "schema"
+    line = DEFINITION[: DEFINITION.index(f"    {field}:", DEFINITION.index("  bars:"))].count("\n") + 1
     for command in (["check"], ["plan", "diff", "bars"], ["sync", "bars"]):
         done = place.run(*command)
         assert done.returncode == 2, (command, done.stdout, done.stderr)
         assert what in done.stdout + done.stderr
         assert "drop the table" in done.stdout + done.stderr
+        assert f"acme.yml:{line}: datasets.bars.{field}" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
     assert "upstream.yml:6: plans.bars.datasets: store default: " in place.run("check").stdout
     assert len(place.server.received) == asked

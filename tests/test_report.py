@@ -315,6 +315,13 @@ def test_trouble_names_the_hole_the_reason_and_the_next_command():
         assert part in flat
 
 
+def test_a_long_error_keeps_the_remedy_that_it_ends_with():
+    message = "an answer that the definition does not explain; " + "it is kept in a folder " * 20 + "; name the rows"
+    report = replace(good(), remarks=(Remark(kind="stopped", message=message),))
+    assert "; name the rows" in " ".join(terminal.text(report).split())
+    assert "; name the rows" in markdown(report)
+
+
 def test_without_a_terminal_there_are_no_escape_codes_and_80_columns(capsys):
     terminal.show(troubled(), Console(width=300))
     out = capsys.readouterr().out

@@ -124,7 +124,7 @@ def _remarks(remarks: Sequence[Remark], left_out: int) -> list[str]:
     for remark in remarks[:_REMARKS]:
         what = " ".join(word for word in (remark.dataset, remark.subject) if word)
         line = f"- **{_text(remark.kind.replace('_', ' '))}**{' ' + _text(what) if what else ''}: "
-        line += _text(words.one_line(remark.message))
+        line += _text(words.one_line(remark.message, 1000))
         line += f" ({remark.count:,} alike)" if remark.count > 1 else ""
         line += f"; goes on {words.instant(remark.resume_at)}" if remark.resume_at else ""
         line += f" `{_code(words.one_line(remark.request))}`" if remark.request else ""

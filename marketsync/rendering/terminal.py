@@ -121,7 +121,7 @@ def _told(remarks: Sequence[Remark]) -> list[str]:
     for remark in remarks:
         about = (remark.kind.replace("_", " "), words.clean(remark.dataset), words.clean(remark.subject))
         times = f" ({remark.count:,} alike)" if remark.count > 1 else ""
-        line = f"{' '.join(word for word in about if word)}: {words.one_line(remark.message)}{times}"
+        line = f"{' '.join(word for word in about if word)}: {words.one_line(remark.message, 1000)}{times}"
         if remark.resume_at is not None:
             line += f"; goes on {words.instant(remark.resume_at)}"
         if remark.request:

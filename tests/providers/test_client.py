@@ -508,3 +508,26 @@ def test_many_threads_fetch_one_token(oauth_house, server) -> None:
         thread.join()
     assert [outcome.verdict for outcome in outcomes] == [Verdict.ROWS] * 6
     assert [request.path.partition("?")[0] for request in server.received].count("/token") == 1
+
+
+# ---------------------------------------------------------------- what an error points at
+
+
+def test_an_answer_without_the_rows_points_at_the_field_that_names_them(server, tmp_path):
+    house = House(server, tmp_path, {"response": {"rows": "data.items"}})
+    house.says(answer(b'{"data": {"rows": []}}'))
+    outcome = house.client.ask(Ask("bars", {"symbol": ("x",)}, START, END))
+    assert outcome.verdict is Verdict.FAIL
+    assert outcome.message.startswith("datasets.bars.response.rows: the answer holds no 'data.items'")
+
+
+def test_a_refused_key_is_told_with_the_secrets_that_were_sent_and_where_they_came_from(server, tmp_path):
+    (tmp_path / "OTHER").write_text("other-key-of-the-house")
+    house = House(server, tmp_path, {}, auth={"headers": {"Key": "$secret.KEY", "Other": "$secret.OTHER"}})
+    house.says(answer(b'{"message": "who are you?"}', status=401))
+    outcome = house.client.ask(Ask("bars", {"symbol": ("x",)}, START, END))
+    assert outcome.verdict is Verdict.STOP_PROVIDER
+    assert outcome.message == (
+        f"who are you? [sent were the secrets KEY, from the environment variable KEY, and OTHER, from {tmp_path}/OTHER]"
+    )
+    assert KEY not in outcome.message

@@ -238,6 +238,29 @@ def test_an_empty_object_around_the_rows_is_nothing() -> None:
             read(spec, body)
 
 
+def test_a_path_that_is_not_there_is_told_with_the_keys_that_are_and_the_remedy_before_the_answer() -> None:
+    spec = dataset({"k": "str"}, ["k"], rows="data.items")
+    with pytest.raises(Unexpected) as told:
+        read(spec, json.dumps({"data": {"rows": [{"k": "a"}], "count": 1}, "filler": "x" * 500}))
+    message = str(told.value)
+    assert message.startswith(
+        "the answer holds no 'data.items': it has filler, data, and in data: rows, count; name the"
+    )
+    assert told.value.field == "response.rows"
+    assert message.index("then: empty}") < message.index("It begins")
+
+
+def test_a_whole_body_that_is_no_list_is_told_as_such() -> None:
+    whole = dataset({"k": "str"}, ["k"])
+    assert rows_of(whole, '[{"k": "a"}]') == [("a",)]
+    with pytest.raises(
+        Unexpected, match="the answer is not a list of rows, but an object: it has items, next; name the"
+    ):
+        read(whole, '{"items": [{"k": "a"}], "next": null}')
+    with pytest.raises(Unexpected, match="the answer is not a list of rows, but text"):
+        read(whole, '"none"')
+
+
 @pytest.mark.parametrize("body", ['{"rows": {"a": 1}}', '{"rows": "none"}', '{"rows": 5}'])
 def test_rows_of_another_kind_are_unexpected(body: str) -> None:
     with pytest.raises(Unexpected, match="rows is not a list"):
