@@ -55,36 +55,45 @@ def providers(as_json: Json = False) -> None:
 def datasets(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Upstreams, providers, or files with definitions; every one that is known when none."),
+        typer.Argument(
+            help="Upstreams, providers, datasets (alpaca.daily_bars) or files with definitions; all when none is named."
+        ),
     ] = None,
     config: Config = Path("upstream.yml"),
     columns: Annotated[bool, typer.Option("--columns", help="Tell the columns as well.")] = False,
     as_json: Json = False,
 ) -> None:
     """List datasets: what each holds, what it is asked over, its calendar and when its rows are there."""
-    found = _definitions(names, config)
+    found = _chosen(names or [], config)
     if as_json:
-        put_json(
-            {"datasets": [_plain(up, name, one) for up, spec in found.items() for name, one in spec.datasets.items()]}
-        )
+        put_json({"datasets": [_plain(upstream, name, one) for (upstream, name), one in found.items()]})
         return
-    for upstream, definition in found.items():
-        for name, dataset in definition.datasets.items():
-            _show(f"{upstream}.{name}", dataset, columns)
+    for (upstream, name), dataset in found.items():
+        _show(f"{upstream}.{name}", dataset, columns)
 
 
-def _definitions(names: list[str] | None, config: Path) -> dict[str, Definition]:
+def _chosen(names: list[str], config: Path) -> dict[tuple[str, str], Dataset]:
+    """Return what the names mean, by upstream and name: all of an upstream, a provider or a file, or one dataset."""
     from marketsync.configuration import load_configuration, load_definition, shipped_definitions
+    from marketsync.errors import ConfigurationError
+    from marketsync.names import choice
 
     known: dict[str, Definition] = {}
     if config.exists():
         known.update(load_configuration(config).definitions)
-    if names is None or not names:
-        return known or {name: load_definition(name) for name in shipped_definitions()}
-    chosen = {}
-    for name in names:
-        definition = known.get(name) or load_definition(name)
-        chosen[name if name in known else definition.provider] = definition
+    shipped = shipped_definitions()
+    chosen: dict[tuple[str, str], Dataset] = {}
+    for name in names or [*known] or [*shipped]:
+        whose, dot, wanted = name.partition(".")
+        one = dot and (whose in known or whose in shipped) and not Path(name).exists()
+        source = whose if one else name
+        definition = known.get(source) or load_definition(source)
+        upstream = source if source in known else definition.provider
+        if one and wanted not in definition.datasets:
+            hint = choice(wanted, list(definition.datasets), sign="")
+            raise ConfigurationError(f"{whose} has no dataset '{wanted}'; {hint}")
+        datasets = {wanted: definition.datasets[wanted]} if one else definition.datasets
+        chosen.update({(upstream, each): dataset for each, dataset in datasets.items()})
     return chosen
 
 

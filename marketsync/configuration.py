@@ -922,7 +922,14 @@ def _symbols_of(universe: Universe, base: Path) -> tuple[str, ...]:
         index = header.index(column)
         values: Iterable[str] = (row[index] for row in rows if len(row) > index)
     else:
-        values = (line.partition("#")[0] for line in lines)
+        values = [line.partition("#")[0].strip() for line in lines]
+        for number, value in enumerate(values, start=1):
+            if re.search(r"[,;\s]", value):
+                raise refuse(
+                    f"line {number} is '{value}', and one symbol a line is wanted",
+                    "name the file .csv or give `column:` if it is a table with a header; a symbol that has a comma "
+                    "or a space in it can stand in a `list:`",
+                )
     symbols = tuple(dict.fromkeys(symbol for value in values if (symbol := value.strip())))
     if not symbols:
         raise refuse("the universe file holds no symbol", "write one symbol a line")

@@ -121,7 +121,9 @@ class Universe(Model):
 
     list: Symbols | None = Field(default=None, description="The symbols themselves.")
     file: str | None = Field(
-        default=None, description="A text file with one symbol a line (# begins a comment), or a CSV."
+        default=None,
+        description="A text file with one symbol a line (# begins a comment). It is read as a CSV with a header when "
+        "its name ends in .csv or `column` is given.",
     )
     rows: str | None = Field(default=None, description="A dataset (provider.dataset) whose rows hold the symbols.")
     column: str | None = Field(default=None, description="The CSV's or dataset's column. Default: symbol.")

@@ -697,13 +697,24 @@ def test_a_symbol_with_a_comma_is_one_symbol_where_a_request_asks_for_one(write)
     assert check_file(write(OWN, "upstream.yml")) == []
 
 
+@pytest.mark.parametrize("line", ["AAPL,Apple Inc", "AAPL MSFT", "AAPL;MSFT", "AAPL\tApple"])
+def test_a_table_is_not_taken_for_a_list_of_symbols(write, tmp_path, line):
+    (tmp_path / "syms.txt").write_text(f"# mine\nIBM  # blue\n{line}\n")
+    (problem,) = check_file(write(changed(UPSTREAM, "[AAPL, MSFT]", "{file: syms.txt}")))
+    assert f"line 3 is '{line}', and one symbol a line is wanted" in problem.message
+    assert problem.remedy.startswith("name the file .csv or give `column:`")
+    (tmp_path / "syms.txt").write_text("symbol,name\nAAPL,Apple Inc\n")
+    asked = changed(UPSTREAM, "[AAPL, MSFT]", "{file: syms.txt, column: symbol}")
+    assert load_configuration(write(asked)).universe("tech") == ("AAPL",)
+
+
 def test_a_line_of_several_symbols_in_a_universe_file_is_told_with_the_file(write):
     write(BATCHED, "acme.yml")
-    write("IBM\nAAPL,MSFT\n", "symbols.txt")
-    text = changed(changed(OWN, "universe: tech", "universe: kept"), '"A,B"', "B")
+    write('symbol\nIBM\n"AAPL,MSFT"\n', "symbols.csv")
+    text = changed(changed(OWN, "universe: tech", "universe: kept"), '"A,B"', "B").replace("symbols.txt", "symbols.csv")
     (problem,) = check_file(write(text, "upstream.yml"))
     assert problem.field == "universes.kept.file"
-    assert problem.message.startswith("symbols.txt: the symbol 'AAPL,MSFT' holds ','")
+    assert problem.message.startswith("symbols.csv: the symbol 'AAPL,MSFT' holds ','")
 
 
 @pytest.mark.parametrize("symbol", ['"A\\nB"', '"A\\tB"', '" "', '""'])

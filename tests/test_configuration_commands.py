@@ -137,3 +137,16 @@ def test_providers_and_datasets_can_be_listed_before_there_is_any_configuration(
     unknown = marketsync("datasets", "tushar", cwd=tmp_path)
     assert unknown.returncode == 2
     assert "did you mean tushare?" in unknown.stderr
+
+
+def test_one_dataset_can_be_shown_by_its_name(tmp_path):
+    shown = marketsync("datasets", "alpaca.daily_bars", "--columns", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("alpaca.daily_bars: ")
+    assert "minute_bars" not in shown.stdout
+    (tmp_path / "upstream.yml").write_text("upstreams: {mine: {definition: alpaca, tier: basic}}\n")
+    found = json.loads(marketsync("datasets", "mine.daily_bars", "--json", cwd=tmp_path).stdout)
+    assert [one["name"] for one in found["datasets"]] == ["mine.daily_bars"]
+    wrong = marketsync("datasets", "alpaca.daily_bar", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "alpaca has no dataset 'daily_bar'; did you mean daily_bars?" in wrong.stderr
