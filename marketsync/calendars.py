@@ -104,6 +104,13 @@ class Calendar:
         """Return the instant (UTC) at which the session closes."""
         return datetime.fromtimestamp(self.closes[self._index(session)], UTC)
 
+    def minutes(self, sessions: Sequence[date]) -> int:
+        """Return how many minutes these consecutive sessions last together, breaks at noon included."""
+        if not sessions:
+            return 0
+        first, after = self._index(sessions[0]), self._index(sessions[-1]) + 1
+        return (sum(self.closes[first:after]) - sum(self.opens[first:after])) // 60
+
     def session_after(self, day: date) -> date:
         """Return the first session after the day (which need not be one)."""
         return self.following(day, 1)

@@ -526,5 +526,6 @@ def expected_rows(scope: Scope, unit: Unit) -> int | None:
     frequency = scope.spec.frequency
     if scope.calendar is None or frequency == "irregular":
         return None
-    sessions = len(scope.sessions(unit.start, unit.end))
-    return sessions * len(unit.subjects) * (1 if frequency == "session" else 390)
+    sessions = scope.sessions(unit.start, unit.end)
+    bars = len(sessions) if frequency == "session" else scope.calendar.minutes(sessions)
+    return bars * len(unit.subjects)

@@ -220,6 +220,15 @@ def test_what_cannot_be_known_is_estimated_as_a_least_and_not_as_a_number(place)
     assert "owed: 20 units, at least 20 requests" in place.run("status", "ticks").stdout
 
 
+def test_minute_bars_of_a_market_that_never_closes_are_estimated_with_its_own_hours(place):
+    place.define(DEFINITION.replace("frequency: irregular", "frequency: minute\n    calendar: 24/7"))
+    (ticks,) = inquiry.estimate(place.workspace(), "ticks").datasets
+    assert (ticks.rows, ticks.requests) == (2 * 10 * 1440, 2 * 10 * 2)  # at most 1,000 a page
+    place.define(DEFINITION.replace("frequency: irregular", "frequency: minute\n    calendar: XNYS"))
+    (ticks,) = inquiry.estimate(place.workspace(), "ticks").datasets
+    assert ticks.rows == 2 * 7 * 390
+
+
 def test_pages_of_a_size_that_nobody_tells_are_not_counted_by_a_guess(place):
     place.define(DEFINITION.replace("page: {{token: next, send: token, cap: 1000}}", "page: {{token: n, send: t}}"))
     workspace = place.workspace()
