@@ -14,6 +14,8 @@ ENGINES = {
     "clickhouse": ("storage.clickhouse", "clickhouse_connect", "[clickhouse]"),
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
+    "mongodb": ("storage.mongodb", "pymongo", "[mongodb]"),
+    "mongodb+srv": ("storage.mongodb", "pymongo", "[mongodb]"),
     "parquet": ("storage.parquet", "polars", ""),
     "postgresql": ("storage.postgres", "adbc_driver_postgresql", "[postgres]"),
 }

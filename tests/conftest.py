@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pytest
 
@@ -36,6 +37,19 @@ def clickhouse_server() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def mongodb_server() -> Iterator[str]:
+    """The URL of a MongoDB where databases may be made: MARKETSYNC_TEST_MONGODB, or a private stand-in for one."""
+    if given := os.environ.get("MARKETSYNC_TEST_MONGODB"):
+        yield given
+        return
+    pytest.importorskip("secantus", reason="secantusdb is not installed: make env-test installs it")
+    from private_mongodb import private_mongodb
+
+    with private_mongodb() as url:
+        yield url
+
+
 @pytest.fixture
 def clickhouse(clickhouse_server: str) -> Iterator[str]:
     """The URL of a ClickHouse without our databases: those that the test makes are dropped after it."""
@@ -47,6 +61,22 @@ def clickhouse(clickhouse_server: str) -> Iterator[str]:
     for (database,) in client.query(f"SELECT name FROM system.databases WHERE name NOT IN {kept}").result_rows:
         client.command(f"DROP DATABASE `{database}` SYNC")
     client.close()
+
+
+@pytest.fixture
+def mongodb(mongodb_server: str) -> Iterator[str]:
+    """The URL of an empty MongoDB database, dropped after the test."""
+    import pymongo
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    parts = urlsplit(mongodb_server)
+    options = dict(parse_qsl(parts.query))
+    if parts.username:  # who may make databases is seldom a user of the one that is made
+        options.setdefault("authSource", parts.path.strip("/") or "admin")
+    url = urlunsplit(parts._replace(path=f"/{name}", query=urlencode(options)))
+    yield url
+    with pymongo.MongoClient(url) as client:
+        client.drop_database(name)
 
 
 @pytest.fixture

@@ -55,6 +55,12 @@ def drop_table(address: str, dataset: str) -> None:
         client.command(f"DROP TABLE `{provider}`.`{name}` SYNC")
         client.close()
         return
+    if address.startswith("mongodb:"):
+        import pymongo
+
+        with pymongo.MongoClient(address) as client:
+            client.get_database().drop_collection(dataset)
+        return
     import psycopg
 
     with psycopg.connect(address, autocommit=True) as connection:
@@ -76,10 +82,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-SERVERS = {"clickhouse": "clickhouse", "postgresql": "postgres"}  # scheme: the fixture that gives an empty database
+# scheme: the fixture that gives an empty database
+SERVERS = {"clickhouse": "clickhouse", "mongodb": "mongodb", "postgresql": "postgres"}
+ALIASES = {"mongodb+srv"}  # schemes of an engine that has another one
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(params=sorted(ENGINES.keys() - ALIASES))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     server = SERVERS.get(request.param)
     return Place(request.param, tmp_path / "store", request.getfixturevalue(server) if server else "")
