@@ -136,7 +136,7 @@ class MongoStore:
                 return Written(already=True)
             frame, absent = self._admitted(dataset, batch.frame, batch.schema, table.schema)
             if batch.mode is Mode.APPEND:
-                written = self._append(dataset, table.schema, frame)
+                written = self._append(dataset, table.schema, frame, absent)
             else:
                 written = self._upsert(dataset, table.schema, frame, absent)
             self._lanes.update_one({"_id": _lane(table, batch.lane)}, {"$max": {"seq": batch.seq}}, upsert=True)
@@ -400,7 +400,8 @@ class MongoStore:
 
     # how it is done: rows
 
-    def _append(self, dataset: str, schema: Schema, frame: pl.DataFrame) -> Written:
+    def _append(self, dataset: str, schema: Schema, frame: pl.DataFrame, absent: Sequence[str]) -> Written:
+        """Put in rows that are thought to be new; those that are not are compared with what is there."""
         from pymongo.errors import BulkWriteError
 
         written = Written()
@@ -408,9 +409,10 @@ class MongoStore:
             try:
                 self._collection(dataset).insert_many(documents.to_documents(part, schema), ordered=False)
             except BulkWriteError as error:
-                # rows that this batch brought when it was cut short
+                # the first try of a batch that was cut short has brought them, or another process just now
                 there = part[_duplicates(error)]
-                written += Written(inserted=part.height - there.height) + self._upsert(dataset, schema, there)
+                written += Written(inserted=part.height - there.height)
+                written += self._upsert(dataset, schema, there, absent)
             else:
                 written += Written(inserted=part.height)
         return written
@@ -420,24 +422,28 @@ class MongoStore:
         dataset: str,
         schema: Schema,
         frame: pl.DataFrame,
-        absent: Sequence[str] = (),
+        absent: Sequence[str],
         session: ClientSession | None = None,
     ) -> Written:
         """Put in what is new or differs; rows that are equal stay as they are."""
-        import polars as pl
         from pymongo import ReplaceOne
 
-        collection = self._collection(dataset)
         written = Written()
         for part in frame.iter_slices(_ROWS_AT_ONCE):
             split = classify.split(part, self._there(dataset, schema, part, session), schema, absent=absent)
-            put = pl.concat([split.new, split.changed])
+            put = split.changed
+            if session is None:
+                written += self._append(dataset, schema, split.new, absent)
+            else:
+                # a key that is there after all would end the transaction
+                written += Written(inserted=split.new.height)
+                put = put.vstack(split.new)
             if put.height:
                 rows = documents.to_documents(put, schema)
-                collection.bulk_write(
+                self._collection(dataset).bulk_write(
                     [ReplaceOne({"_id": row["_id"]}, row, upsert=True) for row in rows], ordered=False, session=session
                 )
-            written += Written(split.new.height, split.changed.height, split.equal)
+            written += Written(updated=split.changed.height, unchanged=split.equal)
         return written
 
     def _there(self, dataset: str, schema: Schema, frame: pl.DataFrame, session: ClientSession | None) -> pl.DataFrame:
