@@ -334,18 +334,13 @@ class MongoStore:
     def _described(self, dataset: str) -> _Table | None:
         """Return the table; None when there is no collection, or an empty one that may become it."""
         location.split(dataset)
-        listed = next(iter(self._database.list_collections(filter={"name": dataset})), None)
+        listed = self._listed(dataset)
         if listed is None:
             return None
-        identity = listed["info"].get("uuid")
-        if identity is None:
-            raise StoreError(
-                f"the server at {self.url} does not tell a collection from another one of the same name (it gives no "
-                "uuid), so it cannot be believed what was in it; use MongoDB 4.4 or newer"
-            )
+        identity = listed["info"].get("uuid")  # a view has none
         found = self._tables.find_one({"_id": identity})
         if found is None:
-            plain = listed["type"] == "collection" and not {"capped", "collation"} & listed["options"].keys()
+            plain = listed["type"] == "collection" and not {"capped", "collation", "timeseries"} & listed["options"].keys()
             if plain and self._collection(dataset).find_one({}, {"_id": 1}) is None:
                 return None
             # whoever made it a moment ago may have filled it by now
@@ -357,6 +352,16 @@ class MongoStore:
                 "made and filled"
             )
         return _Table(identity, found["marker"], found["schema"])
+
+    def _listed(self, dataset: str) -> Document | None:
+        """Return what the server says of the collection; None when there is none."""
+        listed = next(iter(self._database.list_collections(filter={"name": dataset})), None)
+        if listed is not None and listed["type"] == "collection" and "uuid" not in listed["info"]:
+            raise StoreError(
+                f"the server at {self.url} does not tell a collection from another one of the same name (it gives no "
+                "uuid), so it cannot be believed what was in it; use MongoDB 4.4 or newer"
+            )
+        return listed
 
     def _table(self, dataset: str) -> _Table:
         table = self._described(dataset)
@@ -377,13 +382,13 @@ class MongoStore:
             if not {schema.subject, schema.time} - {None} <= set(order):
                 keys = [(name, 1) for name in (schema.subject, schema.time) if name is not None]
                 self._collection(dataset).create_index(keys)
-            listed = next(iter(self._database.list_collections(filter={"name": dataset})), None)
+            listed = self._listed(dataset)
             if listed is None:
                 continue  # dropped again
             new = {"dataset": dataset, "marker": uuid.uuid4().hex, "schema": evolution.to_text(schema)}
             try:
                 # of several processes that come here at once, the first one's is kept
-                self._tables.update_one({"_id": listed["info"].get("uuid")}, {"$setOnInsert": new}, upsert=True)
+                self._tables.update_one({"_id": listed["info"]["uuid"]}, {"$setOnInsert": new}, upsert=True)
             except DuplicateKeyError:
                 continue
             if (table := self._described(dataset)) is not None:
@@ -541,8 +546,9 @@ def _lane(table: _Table, lane: str) -> Document:
 
 def _duplicates(error: BulkWriteError) -> list[int]:
     """Return the places of the rows whose `_id` was there; raises the error again when it has another reason."""
-    refused = (error.details or {}).get("writeErrors", [])
-    if not refused or any(each["code"] != _DUPLICATE_KEY for each in refused):
+    said = error.details or {}
+    refused = said.get("writeErrors", [])
+    if not refused or any(each["code"] != _DUPLICATE_KEY for each in refused) or said.get("writeConcernErrors"):
         raise error
     return sorted(each["index"] for each in refused)
 
@@ -554,8 +560,11 @@ def _why(error: Exception) -> str:
     why = str(error)
     remedy = ""
     if isinstance(error, BulkWriteError):
-        refused = (error.details or {}).get("writeErrors", []) or (error.details or {}).get("writeConcernErrors", [])
-        why = f"{len(refused)} rows were refused, the first with: {refused[0]['errmsg']}" if refused else why
+        said = error.details or {}
+        if refused := said.get("writeErrors"):
+            why = f"{len(refused)} rows were refused, the first with: {refused[0]['errmsg']}"
+        elif unsure := said.get("writeConcernErrors"):
+            why = f"too few members of the replica set have the rows: {unsure[0]['errmsg']}"
     elif isinstance(error, OperationFailure):
         why = (error.details or {}).get("errmsg", why)
         remedy = _REMEDIES.get(error.code or 0, "")

@@ -151,5 +151,11 @@ def test_so_it_is_with_a_store_that_is_a_server(place, postgres):
     assert_every_phase(kill_often(killable(place, postgres, 60), kills=50, seed=15))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_so_it_is_with_a_stand_in_for_mongodb_that_is_killed_less_often_for_it_is_slow(place, mongodb):
+    kill_often(killable(place, mongodb, 30), kills=10, seed=16)
+
+
 def assert_every_phase(met: dict[str, int]) -> None:
     assert min(met[when] for when in ("starting", "fetching", "delivering or judging")) > 0, met
