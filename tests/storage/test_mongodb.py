@@ -245,7 +245,10 @@ def test_what_is_there_is_found_in_runs_in_sessions_and_across_gaps(store, subje
     )
     old = again.join(bars(names, rows=rows), on=["symbol", "ts"], how="semi")
     updated = old.filter(moved).height
-    assert store.write(batch(DATASET, again, 2)) == Written(subjects, updated, old.height - updated)
+    gone = subjects * rows - old.height
+    assert store.replace(DATASET, BARS, again, Filter()) == Written(
+        subjects, updated, old.height - updated, deleted=gone
+    )
 
 
 def test_many_subjects_are_asked_for_in_groups_and_none_twice(store):
