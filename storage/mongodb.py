@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -263,7 +263,7 @@ class MongoStore:
                 self._lanes.delete_many({"_id.marker": {"$in": [table["marker"] for table in gone]}})
                 self._tables.delete_many({"_id": {"$in": [table["_id"] for table in gone]}})
         forgotten = f"; forgot {len(gone)} collections that were dropped" if gone else ""
-        return f"{dataset}: MongoDB keeps its own house{forgotten}"
+        return f"{dataset}: the server itself uses the space of deleted documents again{forgotten}"
 
     def close(self) -> None:
         with self._lock:
@@ -340,8 +340,12 @@ class MongoStore:
         identity = listed["info"].get("uuid")  # a view has none
         found = self._tables.find_one({"_id": identity})
         if found is None:
-            plain = listed["type"] == "collection" and not {"capped", "collation", "timeseries"} & listed["options"].keys()
-            if plain and self._collection(dataset).find_one({}, {"_id": 1}) is None:
+            odd = {"capped", "collation", "timeseries"} & listed["options"].keys()
+            if (
+                listed["type"] == "collection"
+                and not odd
+                and self._collection(dataset).find_one({}, {"_id": 1}) is None
+            ):
                 return None
             # whoever made it a moment ago may have filled it by now
             found = self._tables.find_one({"_id": identity})
@@ -353,7 +357,7 @@ class MongoStore:
             )
         return _Table(identity, found["marker"], found["schema"])
 
-    def _listed(self, dataset: str) -> Document | None:
+    def _listed(self, dataset: str) -> Mapping[str, Any] | None:
         """Return what the server says of the collection; None when there is none."""
         listed = next(iter(self._database.list_collections(filter={"name": dataset})), None)
         if listed is not None and listed["type"] == "collection" and "uuid" not in listed["info"]:
