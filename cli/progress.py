@@ -12,6 +12,7 @@ from marketsync.errors import MarketSyncError
 from marketsync.ledger import RunRow
 
 LINE_SECONDS = 5.0
+SHORT_WAIT_SECONDS = 1.0  # not worth a word
 
 
 class Progress:
@@ -21,6 +22,9 @@ class Progress:
         self._config, self._quiet = config, quiet
         self._run: RunRow | None = None
         self._expected = 0
+        self._bound_seconds = 0.0  # how long the limits alone make the run
+        self._waited = self._looked = 0.0
+        self._sent = -1
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._started = time.monotonic()
@@ -28,19 +32,22 @@ class Progress:
     def begun(self, run: RunRow) -> None:
         """Take note of a run as it begins."""
         self._run = run
-        self._started = time.monotonic()
+        self._started = self._looked = time.monotonic()
+        self._waited = 0.0
         if not self._quiet:
-            self._expected = self._estimate(run.plan)
+            self._expected, self._bound_seconds = self._estimate(run.plan)
 
-    def _estimate(self, plan: str) -> int:
+    def _estimate(self, plan: str) -> tuple[int, float]:
         from tasks.inquiry import estimate
         from tasks.workspace import open_workspace
 
         try:
             found = estimate(open_workspace(self._config), plan)
         except MarketSyncError:
-            return 0  # the run itself will tell
-        return 0 if found.at_least else found.requests  # a share of what is not known is no progress
+            return 0, 0.0  # the run itself will tell
+        if found.at_least:
+            return 0, 0.0  # a share of what is not known is no progress
+        return found.requests, max((one.seconds or 0.0 for one in found.datasets if one.binding), default=0.0)
 
     def __enter__(self) -> Progress:
         if not self._quiet:
@@ -67,10 +74,41 @@ class Progress:
         tightest = min(left, key=lambda quota: quota.left / max(1, quota.allowed), default=None)
         return "" if tightest is None else f"{tightest.left:,} of {tightest.limit} left"
 
-    def _to_go(self, sent: int) -> str:
-        if not sent or self._expected <= sent:
+    def _waits(self) -> str:
+        """Return what the run waits for and until when; empty where it waits for nothing, or only for a moment."""
+        from tasks.workspace import open_workspace
+
+        if self._run is None:
             return ""
-        return length((time.monotonic() - self._started) / sent * (self._expected - sent)) + " to go"
+        workspace = open_workspace(self._config)
+        plan = workspace.plan(self._run.plan)
+        found = []
+        for upstream in dict.fromkeys(dataset.partition(".")[0] for dataset in plan.datasets):
+            wait = workspace.limiter(upstream).waits()
+            if wait is not None and (wait[0] - workspace.clock.now()).total_seconds() >= SHORT_WAIT_SECONDS:
+                found.append(wait)
+        if not found:
+            return ""
+        until, why = min(found)
+        return f"waits until {until:%H:%M:%S} UTC for {why}"
+
+    def _rest(self, sent: int) -> str:
+        """Return what a line ends with: quotas, and what it waits for, or how long it still takes."""
+        now = time.monotonic()
+        waits = self._waits() if sent == self._sent else ""
+        self._sent = sent
+        if waits:
+            self._waited += now - self._looked  # no measure of how fast the provider answers
+        self._looked = now
+        return ", ".join(part for part in (self._quota(), waits or self._to_go(sent, now)) if part)
+
+    def _to_go(self, sent: int, now: float) -> str:
+        left = self._expected - sent
+        if not sent or left <= 0:
+            return ""
+        since = now - self._started
+        pace = max(0.0, since - self._waited) / sent
+        return length(max(pace * left, self._bound_seconds - since)) + " to go"
 
     def _lines(self) -> None:
         from tasks.steps import progress
@@ -80,7 +118,7 @@ class Progress:
                 continue
             now = progress(self._run.run_id)
             asked = f"{now.sent:,} of about {many(self._expected, 'request')}" if self._expected else ""
-            rest = ", ".join(part for part in (self._quota(), self._to_go(now.sent)) if part)
+            rest = self._rest(now.sent)
             say(
                 f"{self._run.plan}: {many(now.fetched, 'row')}, {asked or many(now.sent, 'request')}, {size(now.bytes)}"
                 + (f", {rest}" if rest else "")
@@ -113,7 +151,7 @@ class Progress:
                     task = bars.add_task(run.plan, total=max(1, self._expected), rows=0, rest="")
                     shown[run.run_id] = int(task)
                 total = max(self._expected, now.sent, 1)
-                rest = ", ".join(part for part in (self._quota(), self._to_go(now.sent)) if part)
+                rest = self._rest(now.sent)
                 bars.update(
                     bars.task_ids[list(shown).index(run.run_id)],
                     completed=now.sent,

@@ -683,6 +683,18 @@ class Limiter:
             why = f"The limit of {refusal.scope}, {refusal.what}, has no room until {resume_at:%Y-%m-%d %H:%M:%S} UTC"
         return WaitingForQuota(f"{why}. Run it again then; nothing is fetched twice.", resume_at)
 
+    def waits(self) -> tuple[datetime, str] | None:
+        """Return until when the requests of this process wait for room, and for what; None where none does (or only
+        for one of its own to be answered)."""
+        with self.bucket.lock:
+            refusals = [one.refusal for one in self._waiting if one.refusal and one.refusal.kind is not Kind.CONCURRENT]
+        if not refusals:
+            return None
+        first = min(refusals, key=lambda refusal: refusal.free_ms)
+        if first.kind is Kind.COOL_DOWN:
+            return _instant(first.free_ms), f"the pause that {self.name} asked for ({first.what})"
+        return _instant(first.free_ms), f"the limit of {first.what}"
+
     # ------------------------------------------------------------ answers
 
     def _on_answer(self) -> None:

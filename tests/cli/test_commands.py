@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -159,6 +160,20 @@ def test_sync_prints_one_object_with_the_keys_that_scripts_rely_on(fresh):
     assert (found["plan"], found["state"], found["resume_at"], found["errors"]) == ("daily", "completed", None, [])
     assert found["rows"]["fetched"] == found["rows"]["inserted"] == ROWS
     assert found["requests"]["sent"] == found["work"]["units"] == found["work"]["done"] == 1
+
+
+def test_sync_says_while_it_waits_for_what_and_until_when(fresh):
+    file = fresh.folder / "upstream.yml"
+    text = file.read_text().replace("tier: algo_trader_plus", "limits: [{requests: 1, per: 8 seconds}]")
+    file.write_text(text.replace("since: 2010-01-01", "since: 2004-01-01"))  # windows of 5 years: several requests
+    done = fresh.run("sync", "daily")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("daily: ")]
+    told = [
+        line for line in lines if re.search(r"waits until \d\d:\d\d:\d\d UTC for the limit of 1 per 8 seconds", line)
+    ]
+    assert told, lines
+    assert not any("to go" in line for line in told)
 
 
 def test_sync_of_several_plans_prints_one_object_and_ends_with_the_gravest_code(fresh, replica):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -550,6 +551,29 @@ def test_a_cool_down_is_kept_by_all_processes_and_survives_a_restart(limiter, cl
     there.cool_down(NOON + timedelta(hours=2))
     there.close()
     assert resume_of(limiter()) == NOON + timedelta(hours=2)
+
+
+def test_what_is_waited_for_and_until_when_can_be_asked(limiter):
+    one = limiter(Limit(requests=5, per="minute"), clock=SystemClock())
+    assert one.waits() is None
+    until = SystemClock().now() + timedelta(seconds=60)
+    one.cool_down(until, None, "too fast")
+    wake = threading.Event()
+
+    def wait() -> None:
+        with contextlib.suppress(Interrupted):
+            one.reserve("daily", max_wait_seconds=600, wake=wake)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while one.waits() is None:
+        time.sleep(0.01)
+    found, why = one.waits()
+    assert abs((found - until).total_seconds()) < 1
+    assert why == "the pause that acme/main asked for (too fast)"
+    wake.set()
+    waiting.join()
+    assert one.waits() is None
 
 
 def test_a_cool_down_of_one_dataset_lets_others_go_on_and_never_gets_shorter(limiter, clock):
