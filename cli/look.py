@@ -67,6 +67,8 @@ def _show(one) -> None:
     put(f"{one.plan}: {state}{wanted}{resumes}")
     for part in one.datasets:
         until = f"covered until {part.covered_until:%Y-%m-%d}" if part.covered_until else "not covered yet"
+        if part.covered_until and part.uncovered:
+            until += f" except for {many(part.uncovered, 'subject')}"
         rows = "" if part.rows is None else f", {many(part.rows, 'row')}"
         newest = f", newest {part.watermark}" if part.watermark else ""
         put(f"  {part.dataset} in {part.store}: {many(part.subjects, 'subject')}, {until}{rows}{newest}")

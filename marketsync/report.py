@@ -298,7 +298,8 @@ class Judgement:
         if self.unexpected_rows:
             found.append(f"{self.dataset}: {_many(self.unexpected_rows, 'row')} on days without a session")
         for rule in self.unsound:
-            found.append(f"{self.dataset}: {_many(rule.rows, 'row')} with {rule.rule}")
+            such_as = f", such as {rule.examples[0]}" if rule.examples else ""
+            found.append(f"{self.dataset}: {_many(rule.rows, 'row')} with {rule.rule}{such_as}")
         if self.freshness is not None and self.freshness.state is FreshState.LATE:
             behind = _many(len(self.freshness.behind), "subject")
             found.append(f"{self.dataset}: {behind} without {self.freshness.session}, due {self.freshness.promise}")

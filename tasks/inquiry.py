@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SHOWN_WORK = 20  # requests that `explain` lists
 MOST_ROWS = 10  # rows that it shows
 JUST_BEGUN = timedelta(seconds=30)  # a run prepares before it leases work
+GONE = "left by a process that is gone"  # leases that the next run takes over
 BROKEN_OFF = "not ended"  # the state of a run that was killed (or that judges still, when all is fetched)
 
 
@@ -314,7 +315,7 @@ class DatasetStatus:
     dataset: str
     store: str
     subjects: int
-    covered_until: datetime | None  # every subject is covered to here
+    covered_until: datetime | None  # every subject (but for those `uncovered`) is covered to here
     watermark: str | None  # the newest row
     rows: int | None
     owed_units: int
@@ -323,6 +324,7 @@ class DatasetStatus:
     states: dict[str, int] = field(default_factory=dict)
     problem: str = ""
     owed_at_least: bool = False  # how many pages the answers have is not known
+    uncovered: int = 0  # subjects that were never answered for; `covered_until` is about the others
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
         units = list(scope.plan_units())
         pages = [pages_of(scope, unit) for unit in units]
         states = Counter(
-            row.state
+            GONE if row.state == WorkState.LEASED and owner_is_dead(row.owner) else str(row.state)
             for row in ledger.works(dataset=scope.dataset, plan=plan, limit=100_000)
             if row.state not in (WorkState.DELIVERED, WorkState.SPLIT, WorkState.NOT_YET)
         )
@@ -370,6 +372,7 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
         for store_id in scope.store_ids:
             spooled = sum(s.rows for s in ledger.owed_deliveries(store_id, scope.dataset, workspace.host))
             problem, watermark, count = "", None, None
+            covered_until, uncovered = _covered_until(scope, known[store_id])
             try:
                 store = workspace.store(store_id)
                 if store.marker(scope.dataset) is not None:
@@ -383,7 +386,8 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
                     dataset=scope.dataset,
                     store=store_id,
                     subjects=len(scope.subjects),
-                    covered_until=_covered_until(scope, known[store_id]),
+                    covered_until=covered_until,
+                    uncovered=uncovered,
                     watermark=watermark,
                     rows=count,
                     owed_units=len(units),
@@ -413,18 +417,20 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
 def _alive(workspace: Workspace, run: RunRow) -> bool:
     """Return whether a run that has not ended can be under way: it began just now, or a living worker has its work."""
     now = workspace.clock.now()
-    if now - run.started < JUST_BEGUN:
-        return True
     leased = workspace.ledger.works(run_id=run.run_id, states=[WorkState.LEASED], limit=1_000)
+    if now - run.started < JUST_BEGUN:
+        return not leased or not all(owner_is_dead(row.owner) for row in leased)
     return any(row.lease_until and row.lease_until > now and not owner_is_dead(row.owner) for row in leased)
 
 
-def _covered_until(scope: Scope, known: dict[str, list[Covered]]) -> datetime | None:
-    """Return up to where every subject has been asked and answered, without a gap from the plan's beginning."""
+def _covered_until(scope: Scope, known: dict[str, list[Covered]]) -> tuple[datetime | None, int]:
+    """Return up to where subjects have been asked and answered, without a gap from the plan's beginning, and how many
+    have not been at all."""
     if not scope.wanted or not scope.subjects:
-        return None
+        return None, 0
     start = scope.wanted[0].start
     least: datetime | None = None
+    uncovered = 0
     for subject in scope.subjects:
         pieces = [
             Interval(piece.start, piece.end)
@@ -434,9 +440,10 @@ def _covered_until(scope: Scope, known: dict[str, list[Covered]]) -> datetime | 
         gaps = minus([scope.wanted[0]], pieces)
         until = gaps[0].start if gaps else scope.wanted[0].end
         if until <= start:
-            return None
-        least = until if least is None else min(least, until)
-    return least
+            uncovered += 1
+        else:
+            least = until if least is None else min(least, until)
+    return least, uncovered
 
 
 # ---------------------------------------------------------------- explain
@@ -475,15 +482,31 @@ def explain(workspace: Workspace, dataset: str, subject: str, day: date | None =
         lines.append(f"{dataset} is a list without dates: this is how it stands, whatever the day.")
     if spec.subject_column is None:
         lines.append(f"{dataset} has no column for a symbol: what is told here is true of all its rows.")
-    for plan in plans:
-        _explain_in(Scope(workspace, plan, dataset, "", workspace.clock.now()), subject, day, lines, found)
+    looked_at = [Scope(workspace, plan, dataset, "", workspace.clock.now()) for plan in plans]
+    askers = [scope for scope in looked_at if not _unknown_subjects(scope) and _asked_as(scope, subject) is not None]
+    for scope in sorted(looked_at, key=lambda scope: scope in askers):  # the conclusion is of a plan that asks for it
+        _explain_in(scope, subject, day, lines, found, askers[0].plan_name if askers else None)
     return Explanation(dataset, subject, day, tuple(lines), found)
 
 
+def _asked_as(scope: Scope, subject: str) -> str | None:
+    """Return as which of a plan's subjects a symbol is asked for; None when it is not."""
+    names = {one.name for one in scope.subjects}
+    if subject in names:
+        return subject
+    joined = next((name for name in names if subject in name.split("|")), None)
+    return EVERYTHING if joined is None and (EVERYTHING in names or subject == EVERYTHING) else joined
+
+
 def _explain_in(
-    scope: Scope, subject: str, day: date | None, lines: list[str], found: dict[str, list[dict[str, Any]]]
+    scope: Scope,
+    subject: str,
+    day: date | None,
+    lines: list[str],
+    found: dict[str, list[dict[str, Any]]],
+    asker: str | None,
 ) -> None:
-    """Add what one plan's part of the story is."""
+    """Add what one plan's part of the story is; `asker` is a plan that asks for the symbol."""
     plan, ledger = scope.plan_name, scope.ledger
     span = None if day is None else Interval(day_start(day), day_start(day + timedelta(days=1)))
     reason = ""  # why a row is not to be expected, whatever was asked
@@ -496,10 +519,10 @@ def _explain_in(
         lines.append(f"plan {plan}: what it asks for is not known yet: {problem}.")
         reason = f"{scope.dataset} has not been asked yet: {problem}"
     else:
-        names = {s.name for s in scope.subjects}
-        asked_as = subject if subject in names else next((n for n in names if subject in n.split("|")), None)
-        if asked_as is None and (EVERYTHING in names or subject == EVERYTHING):
-            asked_as = EVERYTHING
+        asked_as = _asked_as(scope, subject)
+        if asked_as is None and asker is not None:
+            lines.append(f"plan {plan}: {subject} is not in its universe; plan {asker} asks for it.")
+            return
         if asked_as is None:
             lines.append(f"plan {plan}: {subject} is not in its universe, so it is never asked for.")
             reason = f"{subject} is not in the universe of plan {plan}; add it there, and run the plan"

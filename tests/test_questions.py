@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import date, timedelta
@@ -200,6 +201,55 @@ def test_rows_with_a_time_need_a_day_and_a_dataset_must_be_there(place):
 def test_a_symbol_outside_of_the_universe_is_never_asked_and_a_child_waits_for_its_parent(place):
     assert "NO is not in the universe of plan bars" in explained(place, "acme.bars", "NO", date(2020, 3, 2))[-1]
     assert "acme.child has not been asked yet" in explained(place, "acme.child", "X", date(2020, 3, 2))[-1]
+
+
+def test_a_symbol_that_another_plan_asks_for_need_not_be_added_to_this_one(place):
+    more = "  more: {datasets: acme.bars, universe: [D], since: 2020-01-01, until: 2020-12-31}\n"
+    place.config.write_text(UPSTREAM + more)
+    place.sync("more")
+    said = explained(place, "acme.bars", "D", date(2020, 3, 2))
+    assert "plan bars: D is not in its universe; plan more asks for it." in said
+    assert not any("add it" in line for line in said)
+    assert "default has 1 row of D on 2020-03-02" in said[-1]
+
+
+# ---------------------------------------------------------------- status
+
+
+def test_a_symbol_more_is_the_only_one_that_is_not_covered_yet(place):
+    place.sync("bars")
+    place.config.write_text(UPSTREAM.replace("universe: [A, B, C]", "universe: [A, B, C, D, E]"))
+    workspace = place.workspace()
+    (bars,) = inquiry.status(workspace, "bars").datasets
+    workspace.close()
+    assert (bars.subjects, bars.uncovered, bars.covered_until.date()) == (5, 2, date(2021, 1, 1))
+    assert "5 subjects, covered until 2021-01-01 except for 2 subjects" in place.run("status", "bars").stdout
+
+
+def test_the_leases_of_a_process_that_was_killed_are_not_called_running(place):
+    arrived = threading.Event()
+
+    def hangs(connection, request) -> None:
+        arrived.set()
+        connection.recv(1)  # until the asking process is gone
+
+    place.server.routes["/bars"] = hangs
+    running = subprocess.Popen(
+        [sys.executable, "-m", "cli", "sync", "bars", "--local"],
+        cwd=place.folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(place.folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert arrived.wait(60)
+    said = place.run("status", "bars").stdout
+    assert "bars: running" in said
+    assert " leased" in said
+    running.kill()
+    running.wait()
+    said = place.run("status", "bars").stdout
+    assert "bars: not ended" in said
+    assert " left by a process that is gone" in said
 
 
 # ---------------------------------------------------------------- estimate

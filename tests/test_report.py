@@ -201,7 +201,7 @@ def test_findings_follow_from_the_judgement():
     assert troubled().findings == (
         "alpaca.daily_bars: 2 sessions missing of 120 expected",
         "alpaca.daily_bars: 1 row on days without a session",
-        "alpaca.daily_bars: 1 row with volume below zero",
+        "alpaca.daily_bars: 1 row with volume below zero, such as IBM 2025-03-07 volume -1",
         "alpaca.daily_bars: 1 subject without 2025-03-31, due 19:00 America/New_York",
     )
 
@@ -305,6 +305,8 @@ def test_trouble_names_the_hole_the_reason_and_the_next_command():
     flat = " ".join(said.split())
     for part in (
         "nightly: failed after 12 s",
+        "missing from alpaca.daily_bars in default",
+        "1 row with volume below zero, such as IBM 2025-03-07 volume -1",
         "IBM: 2025-03-05 to 2025-03-06, 2 sessions missing (not in the provider's answer)",
         "failed alpaca.daily_bars XYZ: time-out after 5 tries",
         'dropped alpaca.daily_bars APPL: 422: invalid symbol "APPL" (3 alike)',

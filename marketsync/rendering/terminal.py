@@ -43,11 +43,12 @@ def renderable(report: RunReport) -> RenderableType:
     for judgement in report.judgements:
         missing = [hole for hole in judgement.holes if hole.state is HoleState.MISSING]
         if missing:
+            where = f"{judgement.dataset} in {judgement.store}" if judgement.store else judgement.dataset
             parts += [
                 Text(),
-                _list(f"missing from {judgement.dataset}", [words.hole(hole) for hole in missing], "red"),
+                _list(f"missing from {where}", [words.hole(hole) for hole in missing], "red"),
             ]
-    other = [finding for finding in report.findings if " missing of " not in finding]
+    other = [words.one_line(finding) for finding in report.findings if " missing of " not in finding]
     if other:
         parts += [Text(), _list("findings", other, "yellow")]
     if report.errors:
