@@ -440,8 +440,8 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
                 Remark(
                     kind="schema",
                     dataset=outcome.dataset,
-                    message=f"new in the definition: {names}; rows that are there already have no value in them, "
-                    f"`marketsync sync {plan} --refetch` fills them",
+                    message=f"new in the definition: {names}; older rows are null there: `marketsync sync {plan} "
+                    "--refetch` fills them all, with `--since DAY` those from a day on",
                 )
             )
         silent = sorted(

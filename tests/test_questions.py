@@ -562,5 +562,15 @@ def test_a_column_more_is_no_conflict_and_checking_makes_nothing(place):
     assert (told.returncode, "new columns: more" in told.stdout) == (0, True)
 
 
+def test_a_run_after_a_new_column_says_that_older_rows_are_null_there_and_how_to_fill_them(place):
+    place.sync("bars")
+    place.define(DEFINITION.replace("day: {{type: date}}, close: f64", "day: {{type: date}}, close: f64, volume: i64", 1))
+    close_workspaces()
+    (report,) = sync(place.config, ["bars"])
+    (remark,) = [remark for remark in report.remarks if remark.kind == "schema"]
+    assert "new in the definition: volume; older rows are null there" in remark.message
+    assert "`marketsync sync bars --refetch` fills them all, with `--since DAY` those from a day on" in remark.message
+
+
 def test_every_command_can_be_built_alone():
     assert build(["plan"]).registered_groups
