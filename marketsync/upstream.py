@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 # those of storage.registry, which is not imported here: in a folder, and on a server
 FOLDER_SCHEMES = ("delta", "parquet", "csv", "chdb")
-STORE_SCHEMES = (*FOLDER_SCHEMES, "clickhouse", "mongodb", "mongodb+srv", "postgresql")
+STORE_SCHEMES = (*FOLDER_SCHEMES, "clickhouse", "mongodb", "mongodb+srv", "mysql", "postgresql")
 
 
 def _daily_text(text: str) -> str:
@@ -158,8 +158,8 @@ class StoreSpec(Model):
 
     url: str = Field(
         description="Engine and place: delta://./data, parquet://, csv://, chdb:// in a folder, "
-        "postgresql://user:$secret.PASSWORD@host:5432/database, clickhouse://user:$secret.PASSWORD@host:8123/ or "
-        "mongodb://user:$secret.PASSWORD@host:27017/database on a server."
+        "postgresql://, mysql:// or mongodb://user:$secret.PASSWORD@host/database, or "
+        "clickhouse://user:$secret.PASSWORD@host:8123/ on a server."
     )
 
 

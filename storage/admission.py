@@ -41,6 +41,8 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     _years(dataset, frame, schema)
     for column in schema.columns:
         _values(dataset, frame[column.name], column, capabilities)
+        if column.name in schema.key and column.type is ColumnType.STR and capabilities.longest_key is not None:
+            _lengths(dataset, frame[column.name], capabilities.longest_key)
     _keys(dataset, frame, schema)
     return frame
 
@@ -103,6 +105,16 @@ def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capab
             refuse(count, "text with a NUL character", "have the provider's data corrected, or use another store")
     elif column.type in _FLOATS and not capabilities.nan and (count := int((~values.is_finite()).sum())):
         refuse(count, "NaN or infinite", "map them to null in the definition, or use another store")
+
+
+def _lengths(dataset: str, values: pl.Series, longest: int) -> None:
+    lengths = values.str.len_chars()
+    if count := int((lengths > longest).sum()):
+        raise SchemaError(
+            f"key column {values.name!r} of a frame for {dataset} has {count} texts of up to {lengths.max()} "
+            f"characters, and this store's index takes {longest}; take the column out of the key, have the provider's "
+            "data corrected, or use another store"
+        )
 
 
 def _keys(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:

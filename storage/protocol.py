@@ -45,6 +45,8 @@ class Capabilities:
     nul: bool  # keeps a NUL character in text
     evolve: bool  # columns can be added to a table that has rows
     writers: Writers
+    negative_zero: bool = True  # keeps -0.0 apart from 0.0, which compare as equal; False: both become 0.0
+    longest_key: int | None = None  # characters of a text in the key; None: as many as elsewhere
     why: str = ""  # for each `False`: one sentence that says why and what to do instead
 
 

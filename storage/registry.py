@@ -16,6 +16,7 @@ ENGINES = {
     "delta": ("storage.delta", "deltalake", ""),
     "mongodb": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mongodb+srv": ("storage.mongodb", "pymongo", "[mongodb]"),
+    "mysql": ("storage.mysql", "pymysql", "[mysql]"),
     "parquet": ("storage.parquet", "polars", ""),
     "postgresql": ("storage.postgres", "adbc_driver_postgresql", "[postgres]"),
 }

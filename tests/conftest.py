@@ -90,3 +90,37 @@ def postgres(postgres_server: str) -> Iterator[str]:
     yield postgres_server.rsplit("/", 1)[0] + f"/{name}"
     with psycopg.connect(postgres_server, autocommit=True) as admin:
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def mysql_server() -> Iterator[str]:
+    """The URL, without a database, of a MariaDB or MySQL where databases may be made: MARKETSYNC_TEST_MYSQL, or a
+    private one. Where neither is there the tests are skipped; they fail where CI is set, or MARKETSYNC_TEST_REQUIRE
+    names mariadb."""
+    if given := os.environ.get("MARKETSYNC_TEST_MYSQL"):
+        yield given.rstrip("/")
+        return
+    pytest.importorskip("pymysql", reason="pymysql is not installed: make env-test installs it")
+    from private_mariadb import installed, private_mariadb
+
+    if not installed():
+        why = (
+            "there is no MariaDB: install the system's mariadb-server-core and mariadb-client-core, or name a server "
+            "by MARKETSYNC_TEST_MYSQL=mysql://user:password@host"
+        )
+        if os.environ.get("CI") or "mariadb" in os.environ.get("MARKETSYNC_TEST_REQUIRE", ""):
+            pytest.fail(why)
+        pytest.skip(why)
+    with private_mariadb() as url:
+        yield url
+
+
+@pytest.fixture
+def mysql(mysql_server: str) -> Iterator[str]:
+    """The URL of an empty MySQL database, dropped after the test."""
+    from private_mariadb import asked
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    asked(mysql_server, f"CREATE DATABASE {name}")
+    yield f"{mysql_server}/{name}"
+    asked(mysql_server, f"DROP DATABASE {name}")

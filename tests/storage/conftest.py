@@ -61,6 +61,11 @@ def drop_table(address: str, dataset: str) -> None:
         with pymongo.MongoClient(address) as client:
             client.get_database().drop_collection(dataset)
         return
+    if address.startswith("mysql:"):
+        from private_mariadb import asked
+
+        asked(address, f"DROP TABLE `{dataset}`")
+        return
     import psycopg
 
     with psycopg.connect(address, autocommit=True) as connection:
@@ -83,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # scheme: the fixture that gives an empty database
-SERVERS = {"clickhouse": "clickhouse", "mongodb": "mongodb", "postgresql": "postgres"}
+SERVERS = {"clickhouse": "clickhouse", "mongodb": "mongodb", "mysql": "mysql", "postgresql": "postgres"}
 ALIASES = {"mongodb+srv"}  # schemes of an engine that has another one
 
 

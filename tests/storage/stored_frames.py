@@ -115,6 +115,11 @@ def batch(
     return Batch(dataset, schema, lane, seq, frame, mode)
 
 
+def hostile_keys(capabilities: Capabilities) -> list[str]:
+    """Return the hostile texts, as long as a text in a key may be."""
+    return [text[: capabilities.longest_key] for text in HOSTILE_TEXT]
+
+
 def hostile(capabilities: Capabilities) -> pl.DataFrame:
     """Return rows of `WIDE` with the values that engines are known to change, as far as this one promises to keep."""
     rows = len(HOSTILE_TEXT)
@@ -123,6 +128,8 @@ def hostile(capabilities: Capabilities) -> pl.DataFrame:
     if capabilities.nan:
         doubles += [math.nan, math.inf, -math.inf]
         singles += [math.nan, math.inf, -math.inf]
+    if not capabilities.negative_zero:
+        doubles, singles = ([0.0 if one == 0 else one for one in each] for each in (doubles, singles))
     huge = [0, 2**63 - 1, None, *([2**64 - 1, 2**63] if capabilities.unsigned_64 else [])]
     instants = [
         datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
@@ -141,7 +148,7 @@ def hostile(capabilities: Capabilities) -> pl.DataFrame:
     days = [date(1969, 12, 31), date(1901, 1, 1), date(2001, 2, 28), date(2100, 12, 31), date(1970, 1, 1)]
     frame = pl.DataFrame(
         {
-            "name": list(HOSTILE_TEXT),
+            "name": hostile_keys(capabilities),
             "day": turn(days),
             "text": [None, *HOSTILE_TEXT[:0:-1]],
             "flag": turn([True, False, None]),

@@ -6,6 +6,7 @@ import random
 import subprocess
 import time
 from datetime import UTC, date, datetime, timedelta
+from typing import Literal
 
 import polars as pl
 import pytest
@@ -24,13 +25,14 @@ from stored_frames import (
     batch,
     differences,
     hostile,
+    hostile_keys,
     stamped,
 )
 from writer_process import expected
 
 from marketsync.errors import ConfigurationError, SchemaError, StoreBusy, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
-from storage.protocol import Filter, Mode, Store, Writers, Written
+from storage.protocol import Capabilities, Filter, Mode, Store, Writers, Written
 
 BY_KEY = ["symbol", "ts"]
 WITHOUT_SYSTEM = BARS.names
@@ -222,7 +224,9 @@ def test_an_upsert_counts_what_it_inserted_updated_and_left(store: Store, datase
 
 
 def test_an_upsert_tells_null_from_nan_from_zero_and_zero_from_minus_zero(store: Store, dataset: str):
-    values = [None, 0.0, -0.0, 1.5]
+    values = [None, 0.0, 1.5]
+    if store.capabilities.negative_zero:
+        values += [-0.0]
     if store.capabilities.nan:
         values += [float("nan"), float("inf")]
     count = len(values)
@@ -353,7 +357,7 @@ def test_hostile_values_of_every_type_come_back_as_they_went(store: Store, datas
     found = store.scan(dataset, Filter(system=True)).collect()
     assert not differences(found, frame, WIDE.key)
     assert store.write(batch(dataset, frame, 2, schema=WIDE)) == Written(unchanged=len(HOSTILE_TEXT))
-    for name in HOSTILE_TEXT:
+    for name in hostile_keys(store.capabilities):
         assert store.count(dataset, Filter(subjects=[name])) == 1, name
     tables = list(store.arrow(dataset))
     assert sum(table.num_rows for table in tables) == len(HOSTILE_TEXT)
@@ -633,7 +637,9 @@ def kill_and_replay(place: Place, dataset: str, seed: int) -> int:
         acknowledged = int(heard(process))
     time.sleep(chance.uniform(0, 0.04))
     process.kill()
-    rest = process.communicate()[0].split()
+    assert process.stdout is not None
+    rest = process.stdout.read().split()  # `communicate` does not see what was read ahead of the last line
+    process.communicate()
     acknowledged = max([acknowledged, *map(int, rest)])
 
     store = place.open()
@@ -710,22 +716,25 @@ def texts(nul: bool):
     return st.one_of(st.sampled_from(HOSTILE_TEXT), st.text(character, max_size=12))
 
 
-def columns_of(nan: bool, unsigned: bool, nanos: bool, nul: bool) -> dict[str, st.SearchStrategy]:
-    floats = st.floats(allow_nan=nan, allow_infinity=nan)
+def columns_of(able: Capabilities) -> dict[str, st.SearchStrategy]:
+    def floats(width: Literal[32, 64]) -> st.SearchStrategy[float]:
+        drawn = st.floats(width=width, allow_nan=able.nan, allow_infinity=able.nan)
+        return drawn if able.negative_zero else drawn.map(lambda value: value + 0.0)
+
     since, until = (datetime(year, 1, 1, tzinfo=UTC).replace(tzinfo=None) for year in (1902, 2200))
     times = st.datetimes(since, until, timezones=st.just(UTC))
     nano = st.integers(-(2**60), 2**60)
     return {
-        "text": texts(nul),
+        "text": texts(able.nul),
         "flag": st.booleans(),
         "small": st.integers(-(2**31), 2**31 - 1),
         "large": st.integers(-(2**63), 2**63 - 1),
-        "huge": st.integers(0, 2**64 - 1 if unsigned else 2**63 - 1),
-        "single": st.floats(width=32, allow_nan=nan, allow_infinity=nan),
-        "double": floats,
+        "huge": st.integers(0, 2**64 - 1 if able.unsigned_64 else 2**63 - 1),
+        "single": floats(32),
+        "double": floats(64),
         "date": st.dates(since.date(), until.date()),
         "at": times,
-        "at_ns": nano if nanos else nano.map(lambda value: value // 1000 * 1000),
+        "at_ns": nano if able.nanoseconds else nano.map(lambda value: value // 1000 * 1000),
     }
 
 
@@ -733,8 +742,10 @@ def columns_of(nan: bool, unsigned: bool, nanos: bool, nul: bool) -> dict[str, s
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_frame_comes_back_as_it_went(store: Store, data: st.DataObject):
     able = store.capabilities
-    each = columns_of(able.nan, able.unsigned_64, able.nanoseconds, able.nul)
-    key = st.tuples(texts(able.nul), st.dates(date(1905, 1, 1), date(2149, 1, 1)))
+    each = columns_of(able)
+    key = st.tuples(
+        texts(able.nul).map(lambda text: text[: able.longest_key]), st.dates(date(1905, 1, 1), date(2149, 1, 1))
+    )
     keys = data.draw(st.lists(key, min_size=1, max_size=8, unique=True))
     frame = pl.DataFrame(
         {
