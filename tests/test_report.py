@@ -522,6 +522,22 @@ def test_the_heat_map_is_accessible_and_draws_what_the_figures_say():
     assert bars == ["2025-01: 20 rows", "2025-02: 20 rows", "2025-03: 20 rows", "2025-04: 34 rows"]
 
 
+@pytest.mark.parametrize("draw", [drawings.heat_map, drawings.rows_plot])
+def test_no_label_is_cut_off_at_the_edge_of_a_drawing(draw):
+    months = tuple(f"{year}-{month:02d}" for year in range(2000, 2013) for month in range(1, 13))
+    full = ((20,) * len(months),)
+    coverage = MonthCoverage(
+        months=months, subjects=("A",), expected=full, present=full, explained=((0,) * len(months),), rows=full[0]
+    )
+    drawn = ElementTree.fromstring(draw(coverage, "x.bars", "d0"))
+    _, _, width, height = map(float, drawn.get("viewBox", "").split())
+    letters = 11  # the size of a label, whose lowest parts reach a quarter of it below its line
+    for label in drawn.iter("text"):
+        assert letters - 3 <= float(label.get("y", "")) <= height - letters / 4, label.text
+        reach = 0 if label.get("text-anchor") == "end" else 0.65 * letters * len(label.text or "")
+        assert float(label.get("x", "")) + reach <= width
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [

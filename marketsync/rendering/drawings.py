@@ -161,7 +161,7 @@ def rows_plot(coverage: MonthCoverage, name: str, identity: str) -> str:
     most = _round_up(top)
     described = f"{sum(coverage.rows):,} rows in {len(coverage.months)} columns, at most {top:,} in one."
     parts = [_open(f"Rows of {name} over time", described, identity, tall + 34)]
-    parts.append(_years(coverage.months, step, tall + 10, 24, 10))
+    parts.append(_years(coverage.months, step, tall + 10, 18, 10))
     for value in (most, most // 2):
         y = 10 + tall * (1 - value / most)
         parts.append(f'<line class="grid" x1="{GUTTER}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
