@@ -61,7 +61,7 @@ def _time_text(text: str, words: tuple[str, ...]) -> str:
 
 def _as_pattern(text: str) -> str | None:
     """Return YYYY-MM-DD, dd.mm.yyyy hh:mm:ss ... as the pattern it stands for; None when it is no such text."""
-    pieces = re.findall(r"(?i:yyyy|yy|mm|dd|hh|ss)|[TZ]|[^A-Za-z]", text)
+    pieces: list[str] = re.findall(r"(?i:yyyy|yy|mm|dd|hh|ss)|[TZ]|[^A-Za-z]", text)
     if "".join(pieces) != text:
         return None
     made = ""

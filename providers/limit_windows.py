@@ -14,7 +14,6 @@ from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 
 from marketsync.durations import DailyTime, Span, Unit
-from marketsync.errors import ConfigurationError
 
 # A window is held a little longer than it is: the provider may read its clock a moment after the answer reached us,
 # and two clocks may run 200 millionths apart (12 ms in a minute, 17 s in a day).
@@ -71,8 +70,6 @@ class LimitState:
 def longest_ms(per: Span) -> int:
     """Return the longest that a span can be, in milliseconds: a month is 31 days, a year 366."""
     longest = {Unit.MONTH: 31 * 24 * HOUR_MS, Unit.YEAR: 366 * 24 * HOUR_MS}
-    if per.unit is Unit.SESSION:
-        raise ConfigurationError(f"A limit cannot be counted per {per}: write days, hours, minutes or seconds.")
     return per.count * longest[per.unit] if per.unit in longest else round(per.seconds * 1000)
 
 

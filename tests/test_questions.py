@@ -319,8 +319,8 @@ def test_a_limit_per_month_that_names_no_reset_can_be_worked_under(place):
 def test_rows_that_are_elsewhere_are_told_with_the_file_line_and_field_and_the_whole_remedy(place):
     place.define(DEFINITION.replace("    frequency: irregular\n", "").replace("rows: ticks", "rows: tiks"))
     place.server.routes["/ticks"] = place.gives(b'{"ticks": [], "next": null}')
-    done = place.run("sync", "ticks", "--local")
-    said = " ".join((done.stdout + done.stderr).split())
+    (error,) = json.loads(place.run("sync", "ticks", "--local", "--json").stdout)["errors"]
+    said = error["message"]
     line = DEFINITION.replace("    frequency: irregular\n", "").split("{rows: ticks}")[0].count("\n") + 1
     assert f"acme.yml:{line}: datasets.ticks.response.rows: the answer holds no 'tiks': it has" in said
     assert "{when: {path: {tiks: null}}, then: empty}" in said
@@ -564,7 +564,9 @@ def test_a_column_more_is_no_conflict_and_checking_makes_nothing(place):
 
 def test_a_run_after_a_new_column_says_that_older_rows_are_null_there_and_how_to_fill_them(place):
     place.sync("bars")
-    place.define(DEFINITION.replace("day: {{type: date}}, close: f64", "day: {{type: date}}, close: f64, volume: i64", 1))
+    place.define(
+        DEFINITION.replace("day: {{type: date}}, close: f64", "day: {{type: date}}, close: f64, volume: i64", 1)
+    )
     close_workspaces()
     (report,) = sync(place.config, ["bars"])
     (remark,) = [remark for remark in report.remarks if remark.kind == "schema"]

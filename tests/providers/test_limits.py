@@ -147,9 +147,9 @@ def test_a_tier_chooses_its_limits_and_no_tier_means_all(limiter):
     assert [state.limit for state in limiter(*limits, account="b").state()] == [5]
 
 
-def test_a_session_is_no_unit_of_a_limit(limiter):
-    with pytest.raises(ConfigurationError, match="per 1 session"):
-        limiter(Limit(requests=1, per="session"))
+def test_a_session_is_no_unit_of_a_limit():
+    with pytest.raises(ValueError, match="'session' cannot be counted here; write milliseconds"):
+        Limit(requests=1, per="session")
 
 
 # ---------------------------------------------------------------- restarts and sharing
