@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import subprocess
 import time
@@ -21,6 +22,7 @@ from marketsync.ledger import Ledger, this_owner
 
 SYMBOLS = 12
 PAGE_ROWS = 10
+KILLS = int(os.environ.get("MARKETSYNC_TEST_KILLS", "50"))  # of each store, in the slow tests
 UNSEALED_REQUESTS = 50  # the default of segment.requests
 NETWORK_SECONDS = 0.01
 
@@ -142,7 +144,7 @@ def test_what_a_killed_writer_left_half_done_is_swept_by_the_next_run_and_what_a
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("store", "seed"), [("delta", 11), ("parquet", 12), ("csv", 13), ("chdb", 14)])
 def test_a_sync_that_is_killed_fifty_times_loses_no_row_and_repeats_at_most_a_segment_each_time(place, store, seed):
-    assert_every_phase(kill_often(killable(place, store, 60), kills=50, seed=seed))
+    assert_every_phase(kill_often(killable(place, store, 60), kills=KILLS, seed=seed))
 
 
 @pytest.mark.slow
@@ -150,14 +152,15 @@ def test_a_sync_that_is_killed_fifty_times_loses_no_row_and_repeats_at_most_a_se
 @pytest.mark.parametrize(("server", "seed"), [("postgres", 15), ("mysql", 16)])
 def test_so_it_is_with_a_store_that_is_a_server(place, request, server, seed):
     store = request.getfixturevalue(server)
-    assert_every_phase(kill_often(killable(place, store, 60), kills=50, seed=seed))
+    assert_every_phase(kill_often(killable(place, store, 60), kills=KILLS, seed=seed))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_so_it_is_with_a_stand_in_for_mongodb_that_is_killed_less_often_for_it_is_slow(place, mongodb):
-    kill_often(killable(place, mongodb, 30), kills=10, seed=16)
+    kill_often(killable(place, mongodb, 30), kills=min(10, KILLS), seed=16)
 
 
 def assert_every_phase(met: dict[str, int]) -> None:
-    assert min(met[when] for when in ("starting", "fetching", "delivering or judging")) > 0, met
+    if sum(met.values()) >= 50:  # fewer may leave one out
+        assert min(met[when] for when in ("starting", "fetching", "delivering or judging")) > 0, met
