@@ -72,7 +72,7 @@ def drop_table(address: str, dataset: str) -> None:
         connection.execute(f'DROP TABLE "{provider}"."{name}"')  # pyright: ignore[reportArgumentType]
 
 
-# for engines whose tables are those of another one here, which is tried with all of it every day
+# not every day for an engine whose tables are those of another one here, and for a stand-in that is slow
 LONG = (
     "test_any_frame_comes_back_as_it_went",
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
@@ -83,7 +83,7 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.name in [f"{name}[clickhouse]" for name in LONG]:
+        if item.name in [f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "mongodb")]:
             item.add_marker(pytest.mark.slow)
 
 
