@@ -483,6 +483,7 @@ def test_a_day_whose_row_was_set_aside_is_not_said_to_have_had_none(place):
     assert "quarantine/acme.bars" in last
 
 
+@pytest.mark.slow
 def test_a_damaged_table_is_told_by_every_question_and_fails_the_run(place):
     assert place.sync("bars") is RunState.COMPLETED
     (part,) = (place.folder / "data").rglob("*.parquet")

@@ -162,6 +162,7 @@ def test_sync_prints_one_object_with_the_keys_that_scripts_rely_on(fresh):
     assert found["requests"]["sent"] == found["work"]["units"] == found["work"]["done"] == 1
 
 
+@pytest.mark.slow
 def test_sync_says_while_it_waits_for_what_and_until_when(fresh):
     file = fresh.folder / "upstream.yml"
     text = file.read_text().replace("tier: algo_trader_plus", "limits: [{requests: 1, per: 8 seconds}]")

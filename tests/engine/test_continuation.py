@@ -187,6 +187,7 @@ def test_what_is_fetched_again_is_there_once_and_as_it_is_now(place):
 # ---------------------------------------------------------------- without a request
 
 
+@pytest.mark.slow
 def test_fetching_again_through_quotas_asks_for_everything_once_and_comes_to_an_end(place):
     here = place()
     upstream = {"limits": [{"requests": 4, "per": "3 seconds"}], "tuning": {"threads": 1, "max_wait": "1 second"}}
@@ -264,7 +265,14 @@ def test_what_waits_in_the_spool_is_delivered_although_the_host_has_another_name
     assert made.spooled() == []
 
 
-@pytest.mark.parametrize("left", [0, 100, 2000], ids=["nothing", "the head", "most"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(0, id="nothing", marks=pytest.mark.slow),
+        pytest.param(100, id="the head", marks=pytest.mark.slow),
+        pytest.param(2000, id="most"),
+    ],
+)
 def test_a_spooled_file_that_was_cut_short_is_asked_again_and_holds_nothing_else_up(place, left):
     here = place()
     plan = {**PLAN, "since": "2010-01-01", "until": "2010-12-31", "segment": {"requests": 1}}

@@ -91,6 +91,7 @@ def two_days(
     return today
 
 
+@pytest.mark.slow
 def test_three_processes_share_a_rate_and_a_quota_and_go_on_the_next_day_with_what_is_owed(place):
     two_days(place, rate=20, window_seconds=2, quota=70, months=22, day_seconds=25, max_wait_seconds=4)
 

@@ -87,6 +87,7 @@ def most_in(stamps: list[float], span: float) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_three_processes_and_a_killed_one_never_exceed_a_window_in_the_servers_log(server, tmp_path):
     def start(name: str) -> subprocess.Popen:
         url = f"http://127.0.0.1:{server.server_port}"

@@ -251,6 +251,7 @@ def test_what_is_there_is_found_in_runs_in_sessions_and_across_gaps(store, subje
     )
 
 
+@pytest.mark.slow
 def test_many_subjects_are_asked_for_in_groups_and_none_twice(store):
     store.ensure(DATASET, BARS)
     names = [f"S{number}" for number in range(450)]
@@ -355,6 +356,7 @@ def test_a_server_that_ends_is_told_and_so_is_a_store_that_was_closed():
         store.datasets()
 
 
+@pytest.mark.slow
 def test_a_password_opens_the_database_and_a_wrong_one_is_told_without_it():
     with private_mongodb(password="s3cret/word") as server:
         url = server.replace("//", "//tester:s3cret%2Fword@") + "market?authSource=admin"
