@@ -11,7 +11,7 @@ from pathlib import Path
 
 FORBIDDEN = {
     "the host name of a package registry": re.compile(
-        r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs[.]org|registry[.]yarnpkg[.]com|static[.]crates[.]io"
+        r"pypi[.]org|python[h]osted[.]org|registry[.]npmjs[.]org|registry[.]yarnpkg[.]com|static[.]crates[.]io"
         r"|proxy[.]golang[.]org|conda[.]anaconda[.]org|deb[.]debian[.]org"
     ),
     "a path of one machine": re.compile(
