@@ -203,11 +203,7 @@ class ClickHouseStore:
         with self._engine.guard:
             _, stored = self._table(dataset)
             put, absent = self._admitted(dataset, frame, schema, stored)
-            inside = filters.expression(dataset, span, stored)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(
-                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
-                )
+            filters.refuse_outside(dataset, put, span, stored)
             split = classify.split(put, self._with_keys(dataset, stored, put), stored, absent=absent)
             there = self._select(dataset, stored, [*stored.names, *SYSTEM_COLUMNS], self._where(dataset, stored, span))
             gone = there.join(put, on=list(stored.key), how="anti")

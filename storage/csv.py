@@ -25,7 +25,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.errors import StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
 from storage import admission, classify, evolution, filters, lazyframes, location, locks
 from storage.files import sync, write_whole
@@ -168,11 +168,7 @@ class CsvStore:
         def decide(state: _State) -> tuple[_Change | None, Written]:
             put = admission.admit(dataset, frame, schema, self.capabilities)
             put, absent = evolution.fit(dataset, put, schema, state.schema)
-            inside = filters.expression(dataset, span, state.schema)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(
-                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
-                )
+            filters.refuse_outside(dataset, put, span, state.schema)
             split = classify.split(put, self._with_keys(dataset, state, put), state.schema, absent=absent, tag=_FILE)
             key = list(state.schema.key)
             gone = self._found(dataset, state, span).select(*key, _FILE).join(put, on=key, how="anti")

@@ -105,3 +105,10 @@ def _instant(bound: date | datetime) -> datetime:
     if bound.tzinfo is None:
         raise SchemaError(f"the bound {bound.isoformat()} has no time zone; give an aware datetime (UTC) or a date")
     return bound.astimezone(UTC)
+
+
+def refuse_outside(dataset: str, frame: pl.DataFrame, span: Filter, schema: Schema) -> None:
+    """Raise `SchemaError` for rows that are to replace a span and are not all inside of it."""
+    inside = expression(dataset, span, schema)
+    if inside is not None and (outside := frame.filter(~inside).height):
+        raise SchemaError(f"{outside} of {frame.height} rows to replace a span of {dataset} are outside of that span")

@@ -1,10 +1,10 @@
-"""What the stores made of files do alike with the lazy frames they scan: SQL, Arrow batches, counts, watermarks."""
+"""What stores do alike with the lazy frames they scan: SQL over files, a server's rows, Arrow batches, counts, watermarks."""
 
 from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from pathlib import Path
@@ -46,6 +46,40 @@ def query(sql: str, datasets: Sequence[str], scan: Callable[[str], pl.LazyFrame]
             f"the query could not be run: {why}. Tables here: {', '.join(datasets) or 'none'}; "
             'a name with - in it is written "provider.dataset" in double quotes'
         ) from error
+
+
+def scan(
+    names: Sequence[str],
+    types: Mapping[str, pl.DataType],
+    read: Callable[[Sequence[str], int | None], Iterator[pl.DataFrame]],
+) -> pl.LazyFrame:
+    """Return what a server has as a lazy frame with the columns `names`. `read` yields frames with just the columns it
+    is asked for, in the types of `types`, and need give no more rows than it is told (None: all)."""
+    import polars as pl
+    from polars.io.plugins import register_io_source
+
+    def rows(
+        columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
+    ) -> Iterator[pl.DataFrame]:
+        given = list(names) if columns is None else columns
+        asked = given if predicate is None else list(dict.fromkeys([*given, *predicate.meta.root_names()]))
+        left = limit
+        none_yet = True
+        # polars counts rows by any column
+        for frame in read(asked or names[:1], limit if predicate is None else None):
+            part = frame if predicate is None else frame.filter(predicate)
+            part = part.select(asked if columns is None else columns)
+            if left is not None:
+                part = part.head(left)
+                left -= part.height
+            none_yet = False
+            yield part
+            if left == 0:
+                return
+        if none_yet:  # polars wants to hear of the columns at least once
+            yield pl.DataFrame(schema={name: types[name] for name in (asked if columns is None else columns)})
+
+    return register_io_source(rows, schema=pl.Schema({name: types[name] for name in names}))
 
 
 @contextmanager

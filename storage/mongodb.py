@@ -146,11 +146,7 @@ class MongoStore:
         with self._told(f"replacing rows of {dataset}"):
             stored = self._table(dataset).schema
             put, absent = self._admitted(dataset, frame, schema, stored)
-            inside = filters.expression(dataset, span, stored)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(
-                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
-                )
+            filters.refuse_outside(dataset, put, span, stored)
             kept = set(documents.ids(put, stored))
             queries = documents.queries(dataset, span, stored)
             collection = self._collection(dataset)

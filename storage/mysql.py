@@ -194,11 +194,7 @@ class MySQLStore:
         def act(cursor: Cursor) -> Written:
             _, stored = self._table(cursor, dataset)
             put, known = self._admitted(dataset, frame, schema, stored)
-            inside = filters.expression(dataset, span, stored)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(
-                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
-                )
+            filters.refuse_outside(dataset, put, span, stored)
             self._stage(cursor, dataset, stored, put)
             same = " AND ".join(f"s.{quoted(name)} = t.{quoted(name)}" for name in stored.key)
             gone = [*_where(dataset, stored, span, "t."), f"s.{quoted(stored.key[0])} IS NULL"]
@@ -220,39 +216,15 @@ class MySQLStore:
     # reading
 
     def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
-        import polars as pl
-        from polars.io.plugins import register_io_source
-
         _, schema = self._done(f"reading {dataset}", lambda cursor: self._table(cursor, dataset))
         types = schema.polars(system=True)
         names = filters.columns(dataset, filter, schema)
         where = _where(dataset, schema, filter)
 
-        def rows(
-            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
-        ) -> Iterator[pl.DataFrame]:
-            asked = list(columns) if columns is not None else names
-            if predicate is not None:
-                asked = list(dict.fromkeys([*asked, *predicate.meta.root_names()]))
-            # polars wants to hear of the columns at least once, and counts rows by any column
-            shown = {name: types[name] for name in asked or names[:1]}
-            most = limit if predicate is None else None
-            left = limit
-            given = False
-            for frame in self._frames(dataset, schema, shown, where, most):
-                part = frame if predicate is None else frame.filter(predicate)
-                part = part.select(asked if columns is None else columns)
-                if left is not None:
-                    part = part.head(left)
-                    left -= part.height
-                given = True
-                yield part
-                if left == 0:
-                    return
-            if not given:
-                yield pl.DataFrame(schema={name: types[name] for name in (asked if columns is None else columns)})
+        def read(shown: Sequence[str], most: int | None) -> Iterator[pl.DataFrame]:
+            yield from self._frames(dataset, schema, {name: types[name] for name in shown}, where, most)
 
-        return register_io_source(rows, schema=pl.Schema({name: types[name] for name in names}))
+        return lazyframes.scan(names, types, read)
 
     def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
         return lazyframes.arrow(self.scan(dataset, filter))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from marketsync.errors import SchemaError
 from marketsync.schema import Schema
 from storage import classify, filters, lazyframes
 from storage.periods import cut
@@ -102,11 +101,7 @@ class Parts:
         """
         import polars as pl
 
-        inside = filters.expression(self.dataset, span, self.schema)
-        if inside is not None and (outside := frame.filter(~inside).height):
-            raise SchemaError(
-                f"{outside} of {frame.height} rows to replace a span of {self.dataset} are outside of that span"
-            )
+        filters.refuse_outside(self.dataset, frame, span, self.schema)
         # a row with a key of the frame counts as well where it is outside of the span: a key exists once
         split = classify.split(frame, self._with_keys(frame), self.schema, absent=absent, tag=_PART)
         key = list(self.schema.key)

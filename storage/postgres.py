@@ -141,11 +141,7 @@ class PostgresStore:
         with self._transaction(f"replacing rows of {dataset}") as cursor:
             _, stored = self._table(cursor, dataset)
             put, absent = self._admitted(dataset, frame, schema, stored)
-            inside = filters.expression(dataset, span, stored)
-            if inside is not None and (outside := put.filter(~inside).height):
-                raise SchemaError(
-                    f"{outside} of {put.height} rows to replace a span of {dataset} are outside of that span"
-                )
+            filters.refuse_outside(dataset, put, span, stored)
             self._make_partitions(cursor, dataset, stored, put)
             self._stage(cursor, dataset, put)
             same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in stored.key)
@@ -163,44 +159,20 @@ class PostgresStore:
     # reading
 
     def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
-        import polars as pl
-        from polars.io.plugins import register_io_source
-
         with self._transaction(f"reading {dataset}") as cursor:
             _, schema = self._table(cursor, dataset)
         types = schema.polars(system=True)
         names = filters.columns(dataset, filter, schema)
         where = self._where(dataset, schema, filter)
 
-        def rows(
-            columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
-        ) -> Iterator[pl.DataFrame]:
-            asked = list(columns) if columns is not None else names
-            if predicate is not None:
-                asked = list(dict.fromkeys([*asked, *predicate.meta.root_names()]))
-            # polars wants to hear of the columns at least once, and counts rows by any column
-            shown = asked or names[:1]
+        def read(shown: Sequence[str], most: int | None) -> Iterator[pl.DataFrame]:
             said = f"SELECT {', '.join(map(_quoted, shown))} FROM {_table_name(dataset)} {_all(where)}"
-            if limit is not None and predicate is None:
-                said += f" LIMIT {limit}"
-            left = limit
-            given = False
+            if most is not None:
+                said += f" LIMIT {most}"
             for frame in self._frames(said, f"reading {dataset}"):
-                part = _typed(frame, {name: types[name] for name in shown})
-                if predicate is not None:
-                    part = part.filter(predicate)
-                part = part.select(asked if columns is None else columns)
-                if left is not None:
-                    part = part.head(left)
-                    left -= part.height
-                given = True
-                yield part
-                if left == 0:
-                    return
-            if not given:
-                yield pl.DataFrame(schema={name: types[name] for name in (asked if columns is None else columns)})
+                yield _typed(frame, {name: types[name] for name in shown})
 
-        return register_io_source(rows, schema=pl.Schema({name: types[name] for name in names}))
+        return lazyframes.scan(names, types, read)
 
     def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
         return lazyframes.arrow(self.scan(dataset, filter))
