@@ -1,4 +1,4 @@
-"""What stores do alike with the lazy frames they scan: SQL over files, a server's rows, Arrow batches, counts, watermarks."""
+"""What stores do alike with the lazy frames they scan: SQL over files, rows of a server, Arrow batches, watermarks."""
 
 from __future__ import annotations
 

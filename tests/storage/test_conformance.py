@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import threading
 import time
 from datetime import UTC, date, datetime, timedelta
 from typing import Literal
@@ -697,6 +698,28 @@ def test_a_dead_holder_does_not_keep_the_next_process_out(place: Place, dataset:
     store = place.open()
     assert store.ensure(dataset, BARS) == marker
     store.close()
+
+
+def test_threads_share_a_store(store: Store, dataset: str):
+    store.ensure(dataset, BARS)
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for seq in range(1, 5):
+                frame = bars((f"S{number}",), first=seq * 100, segment=f"{number}-{seq}")
+                store.write(batch(dataset, frame, seq, lane=f"lane {number}"))
+                assert store.scan(dataset, Filter([f"S{number}"])).collect().height == seq * 48
+        except BaseException as error:  # noqa: BLE001 - told by the test's own thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert store.count(dataset) == 4 * 4 * 48
 
 
 def needs_nothing_of(place: Place) -> bool:

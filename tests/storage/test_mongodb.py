@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import random
 import re
-import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 
@@ -299,28 +298,6 @@ def test_a_replacement_takes_no_row_away_before_the_new_ones_are_in_where_it_has
         before, after = replacement_that_the_server_refuses(f"{server}market")
     assert before.join(after, on=["symbol", "ts"], how="anti").is_empty()
     assert after.height == 15
-
-
-def test_threads_share_a_store(store):
-    store.ensure(DATASET, BARS)
-    failed: list[BaseException] = []
-
-    def write(number: int) -> None:
-        try:
-            for seq in range(1, 4):
-                frame = bars((f"S{number}",), first=seq * 100, segment=f"{number}-{seq}")
-                store.write(batch(DATASET, frame, seq, lane=f"lane {number}"))
-                assert store.scan(DATASET, Filter([f"S{number}"])).collect().height == seq * 48
-        except BaseException as error:  # noqa: BLE001 - told by the test's own thread
-            failed.append(error)
-
-    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert store.count(DATASET) == 4 * 3 * 48
 
 
 # questions

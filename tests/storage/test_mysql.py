@@ -424,28 +424,6 @@ def test_a_delivery_that_the_engine_chose_to_end_a_deadlock_is_done_again(store,
     assert written == [Written(updated=96)]
 
 
-def test_threads_share_a_store(store):
-    store.ensure(DATASET, BARS)
-    failed: list[BaseException] = []
-
-    def write(number: int) -> None:
-        try:
-            for seq in range(1, 5):
-                frame = bars((f"S{number}",), first=seq * 100, segment=f"{number}-{seq}")
-                store.write(batch(DATASET, frame, seq, lane=f"lane {number}"))
-                assert store.scan(DATASET, Filter([f"S{number}"])).collect().height == seq * 48
-        except BaseException as error:  # noqa: BLE001 - told by the test's own thread
-            failed.append(error)
-
-    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert store.count(DATASET) == 4 * 4 * 48
-
-
 def test_stores_that_write_the_same_rows_at_once_leave_each_of_them_once(mysql):
     stores = [open_url(mysql, f"s{number}") for number in range(3)]
     stores[0].ensure(DATASET, BARS)

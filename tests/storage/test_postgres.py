@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -167,28 +166,6 @@ def test_an_option_that_libpq_does_not_know_is_told(postgres):
     store = open_url(f"{postgres}?sslmood=require", "pg")
     with pytest.raises(StoreError, match="sslmood"):
         store.datasets()
-
-
-def test_threads_share_a_store(store):
-    store.ensure(DATASET, BARS)
-    failed: list[BaseException] = []
-
-    def write(number: int) -> None:
-        try:
-            for seq in range(1, 5):
-                frame = bars((f"S{number}",), first=seq * 100, segment=f"{number}-{seq}")
-                store.write(batch(DATASET, frame, seq, lane=f"lane {number}"))
-                assert store.scan(DATASET, Filter([f"S{number}"])).collect().height == seq * 48
-        except BaseException as error:  # noqa: BLE001 - told by the test's own thread
-            failed.append(error)
-
-    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert store.count(DATASET) == 4 * 4 * 48
 
 
 def test_a_scan_that_is_left_holds_nothing_up(store):
