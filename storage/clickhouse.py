@@ -301,6 +301,9 @@ class ClickHouseStore:
             location=f"{self._engine.place}: {_table_name(dataset)}",
         )
 
+    def version(self) -> str:
+        return f"ClickHouse {self._frame('SELECT version() AS version')['version'][0]}"
+
     def query(self, sql: str) -> pl.DataFrame:
         try:
             return self._frame(statements.question(sql), reads=True)

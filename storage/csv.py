@@ -259,6 +259,9 @@ class CsvStore:
             location=str(self._folder(dataset)),
         )
 
+    def version(self) -> str:
+        return lazyframes.library("polars")
+
     def query(self, sql: str) -> pl.DataFrame:
         return lazyframes.query(sql, self.datasets(), self.scan)
 

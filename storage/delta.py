@@ -174,6 +174,9 @@ class DeltaStore:
             location=str(parts.folder),
         )
 
+    def version(self) -> str:
+        return lazyframes.library("deltalake")
+
     def query(self, sql: str) -> pl.DataFrame:
         with lazyframes.reading("a table that the query names", self._root):
             return lazyframes.query(sql, self.datasets(), self.scan)

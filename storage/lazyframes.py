@@ -109,6 +109,13 @@ def damaged(what: str, place: Path | str, why: str) -> StoreDamaged:
     )
 
 
+def library(package: str) -> str:
+    """Return an installed package and its version, for the engines that are one."""
+    from importlib.metadata import version
+
+    return f"{package} {version(package)}"
+
+
 def arrow(frame: pl.LazyFrame) -> Iterator[pa.RecordBatch]:
     """Yield the frame's rows as Arrow record batches of at most `ARROW_ROWS` rows, one batch in memory at a time."""
     for part in frame.collect_batches(chunk_size=ARROW_ROWS):

@@ -245,6 +245,10 @@ class MongoStore:
             location=f"{self.url}: {dataset}",
         )
 
+    def version(self) -> str:
+        with self._told("asking for the version"):
+            return f"MongoDB {self._database.client.server_info()['version']}"
+
     def query(self, sql: str) -> pl.DataFrame:
         return lazyframes.query(sql, self.datasets(), self.scan)
 

@@ -288,6 +288,10 @@ class MySQLStore:
             location=f"{self.url}: {quoted(dataset)}",
         )
 
+    def version(self) -> str:
+        said = self._done("asking for the version", lambda cursor: _one(cursor, "SELECT VERSION()"))
+        return f"{'MariaDB' if 'MariaDB' in said else 'MySQL'} {said.partition('-')[0]}"
+
     def query(self, sql: str) -> pl.DataFrame:
         import polars as pl
         import pymysql

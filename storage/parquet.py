@@ -174,6 +174,9 @@ class ParquetStore:
             location=str(self._folder(dataset)),
         )
 
+    def version(self) -> str:
+        return lazyframes.library("polars")
+
     def query(self, sql: str) -> pl.DataFrame:
         with lazyframes.reading("a table that the query names", self._root):
             return lazyframes.query(sql, self.datasets(), self.scan)

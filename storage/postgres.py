@@ -238,6 +238,11 @@ class PostgresStore:
             location=f"{self.url}: {_table_name(dataset)}",
         )
 
+    def version(self) -> str:
+        with self._transaction("asking for the version") as cursor:
+            said = cursor.execute("SHOW server_version").fetchone()
+        return f"PostgreSQL {said[0].partition(' ')[0]}"
+
     def query(self, sql: str) -> pl.DataFrame:
         import polars as pl
         import pyarrow as pa

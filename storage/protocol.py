@@ -189,6 +189,10 @@ class Store(Protocol):
         """Return the table's size."""
         ...
 
+    def version(self) -> str:
+        """Return engine and version in two words, as `PostgreSQL 18.6`: the server's, or the library's in a process."""
+        ...
+
     def query(self, sql: str) -> pl.DataFrame:
         """Run a SELECT over the tables, each named `provider.dataset` as it is everywhere else.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import threading
 import time
@@ -518,6 +519,10 @@ def test_watermarks_are_the_newest_time_of_each_subject(store: Store, dataset: s
         "c": START,
         "A": START,
     }
+
+
+def test_a_store_names_its_engine_and_the_version(store: Store):
+    assert re.fullmatch(r"[A-Za-z]+ \d+\.\d+[\w.]*", store.version())
 
 
 def test_sql_finds_tables_by_the_name_they_have_everywhere(store: Store, dataset: str):
