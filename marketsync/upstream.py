@@ -20,7 +20,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 # those of storage.registry, which is not imported here: in a folder, and on a server
-FOLDER_SCHEMES = ("delta", "parquet", "csv", "chdb")
+FOLDER_SCHEMES = ("delta", "parquet", "csv", "excel", "chdb")
 STORE_SCHEMES = (*FOLDER_SCHEMES, "clickhouse", "mongodb", "mongodb+srv", "mysql", "postgresql")
 
 
@@ -157,7 +157,7 @@ class StoreSpec(Model):
     """One place rows live."""
 
     url: str = Field(
-        description="Engine and place: delta://./data, parquet://, csv://, chdb:// in a folder, "
+        description="Engine and place: delta://./data, parquet://, csv://, excel://, chdb:// in a folder, "
         "postgresql://, mysql:// or mongodb://user:$secret.PASSWORD@host/database, or "
         "clickhouse://user:$secret.PASSWORD@host:8123/ on a server."
     )
