@@ -5,8 +5,8 @@ a workbook is the table for us: marker, schema, lanes, and which workbook they g
 the workbook anew. The JSON names the workbook that is to come before it takes the place of the old one, so whichever is
 there says what is committed: rows and `seq` become durable together.
 
-A workbook that somebody has saved again is taken as long as its rows, in any order, have the values that they had; with
-other values it is refused until it is put back or taken away. A workbook that is not there is a table that is not there.
+A workbook that somebody has saved again is taken as long as its rows, in any order, have the values that they had;
+with other values it is refused until it is put back or taken away. A workbook that is not there is no table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import StoreBusy, StoreDamaged, StoreError
-from marketsync.schema import Schema
+from marketsync.schema import INGESTED_COLUMN, Schema
 from storage import admission, classify, evolution, filters, lazyframes, location, locks, workbook
 from storage.files import sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -263,23 +263,19 @@ class ExcelStore:
         rows = pl.concat(self._decoded(dataset, content, state, list(state.schema.polars(system=True))))
         if hashlib.sha256(content).hexdigest() != state.digest and _content(rows, state.schema) != state.content:
             raise StoreDamaged(
-                f"the rows in {path} have other values than MarketSync wrote: another program changed them; put back the "
-                "workbook as it was, or move it elsewhere, and the next sync fills the table again, from a sibling store "
-                "or from the provider; for work of your own, use another workbook that refers to this one"
+                f"the rows in {path} have other values than MarketSync wrote: another program changed them; put back "
+                "the workbook as it was, or move it elsewhere, and the next sync fills the table again, from a sibling "
+                "store or from the provider; for work of your own, use another workbook that refers to this one"
             )
         return rows
 
-    def _decoded(
-        self, dataset: str, content: bytes, state: _State, columns: Sequence[str]
-    ) -> Iterator[pl.DataFrame]:
+    def _decoded(self, dataset: str, content: bytes, state: _State, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         try:
             yield from workbook.read(content, state.schema.polars(system=True), state.rows, columns)
         except ValueError as error:
             raise lazyframes.damaged(f"the workbook of {dataset}", self._path(dataset), str(error)) from error
 
-    def _commit(
-        self, dataset: str, decide: Callable[[_State], tuple[_State, pl.DataFrame | None, Written]]
-    ) -> Written:
+    def _commit(self, dataset: str, decide: Callable[[_State], tuple[_State, pl.DataFrame | None, Written]]) -> Written:
         """Take the table's lock, let `decide` say what the table and its rows are to be, make it durable."""
         self._table(dataset)
         with self._locked(dataset):
@@ -356,10 +352,11 @@ def _digest(path: Path) -> str:
 
 
 def _content(rows: pl.DataFrame, schema: Schema) -> str:
-    """Return a checksum of the values that is the same for any order of rows."""
+    """Return a checksum of the values that is the same for any order of rows; when a row came is not part of it, since
+    its microseconds do not outlive every program that saves a workbook."""
     import polars as pl
 
-    plain = rows.sort(list(schema.key)).with_columns(pl.selectors.temporal().to_physical())
+    plain = rows.drop(INGESTED_COLUMN).sort(list(schema.key)).with_columns(pl.selectors.temporal().to_physical())
     digest = hashlib.sha256()
     for part in plain.iter_slices(lazyframes.ARROW_ROWS):
         digest.update(part.write_csv(include_header=False).encode())

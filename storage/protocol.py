@@ -47,7 +47,9 @@ class Capabilities:
     writers: Writers
     negative_zero: bool = True  # keeps -0.0 apart from 0.0, which compare as equal; False: both become 0.0
     longest_key: int | None = None  # characters of a text in the key; None: as many as elsewhere
-    longest_text: int | None = None  # characters of any text, those beyond 16 bits counting twice; None: as many as asked
+    longest_text: int | None = (
+        None  # characters of any text, those beyond 16 bits counting twice; None: as many as asked
+    )
     why: str = ""  # for each `False`: one sentence that says why and what to do instead
 
 

@@ -3,8 +3,9 @@
 Numbers are numbers, times are Excel's dates (in UTC), truth values are TRUE and FALSE, a null is an empty cell. Where
 such a cell would not give the same value back it holds text: whole numbers of more than 15 digits, which Excel would
 show with zeros at their end; nan, inf, -0.0 and what is nearer to 0 than Excel counts; times before 1900-03-01, where
-its calendar has a day too many, and those finer than its day-fractions tell apart, in ISO 8601. A text that is empty, that XML
-cannot carry or that is in quotes itself is a JSON string, in quotes. Rows go on in another sheet where one is full.
+its calendar has a day too many, and those that a day-fraction does not give back, in ISO 8601. A text that is empty,
+that XML cannot carry or that is in quotes itself is a JSON string, in quotes. Rows go on in another sheet where one is
+full.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _LEAST_DOUBLE = 2.2250738585072014e-308
 _EPOCH_DAY = 25_569  # 1970-01-01 in Excel's count
 _FIRST_DAY = 61  # 1900-03-01: the day before it is a 29 February that never was
 _DAY_US = 86_400_000_000
+_SAVED_WITHIN_US = 5  # of a whole millisecond: programs that save a workbook again keep as few as 15 digits
 _NOT_IN_XML = r"[\x00-\x08\x0b-\x1f\x{FFFE}\x{FFFF}]"  # with \r, which XML turns into \n
 _ASTRAL = r"[\x{10000}-\x{10FFFF}]"
 
@@ -55,7 +57,7 @@ def write(path: Path, frame: pl.DataFrame) -> None:
             column_widths={name: widths for name in names},
             ignore_errors={"general": list(look)},  # the green corner of a number that is text on purpose
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise StoreError(f"{path} could not be written: {error}") from error
 
 
@@ -76,12 +78,16 @@ def read(content: bytes, types: Mapping[str, pl.DataType], rows: int, columns: S
         if book.sheet_names != sheet_names(rows):
             raise ValueError(f"its sheets are {', '.join(book.sheet_names)}, not {', '.join(sheet_names(rows))}")
         for name in book.sheet_names:
-            cells = book.load_sheet(name, use_columns=list(columns), dtypes={each: _kind(types[each]) for each in columns})
+            cells = book.load_sheet(
+                name, use_columns=list(columns), dtypes={each: _kind(types[each]) for each in columns}
+            )
             found = [column.name for column in cells.available_columns()]
             if sorted(found) != sorted(types):
                 raise ValueError(f"the columns of its sheet {name} are {', '.join(found)}, not {', '.join(types)}")
             part = cells.to_polars()
-            texts = _texts(book, name, [each for each in columns if types[each].is_temporal() and part[each].has_nulls()])
+            texts = _texts(
+                book, name, [each for each in columns if types[each].is_temporal() and part[each].has_nulls()]
+            )
             yield pl.DataFrame([_values(part[each], types[each], texts.get(each)) for each in columns])
     except (fastexcel.FastExcelError, pl.exceptions.PolarsError) as error:
         raise ValueError(" ".join(str(error).split())) from error
@@ -219,12 +225,16 @@ def _values(cells: pl.Series, type_: pl.DataType, texts: pl.Series | None) -> pl
         if (cells % 1 != 0).any():
             raise ValueError(f"column {cells.name} has times of day, not days")
         found = (cells.cast(pl.Int32) - _EPOCH_DAY).cast(type_)
-        return found if texts is None else found.zip_with(cells.is_not_null(), texts.str.to_date("%Y-%m-%d", strict=False))
+        return (
+            found if texts is None else found.zip_with(cells.is_not_null(), texts.str.to_date("%Y-%m-%d", strict=False))
+        )
     nanos = type_ == pl.Datetime("ns", "UTC")
     found = (_micros(cells) * (1000 if nanos else 1)).cast(type_)
     if texts is None:
         return found
-    iso = texts.str.strip_suffix("Z").str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="ns" if nanos else "us", strict=False)
+    iso = texts.str.strip_suffix("Z").str.to_datetime(
+        "%Y-%m-%dT%H:%M:%S%.f", time_unit="ns" if nanos else "us", strict=False
+    )
     return found.zip_with(cells.is_not_null(), iso.dt.replace_time_zone("UTC"))
 
 
@@ -233,4 +243,6 @@ def _micros(serial: pl.Series) -> pl.Series:
     import polars as pl
 
     day = serial.floor()
-    return (day.cast(pl.Int64) - _EPOCH_DAY) * _DAY_US + ((serial - day) * _DAY_US).round().cast(pl.Int64)
+    micros = (day.cast(pl.Int64) - _EPOCH_DAY) * _DAY_US + ((serial - day) * _DAY_US).round().cast(pl.Int64)
+    whole = (micros + 500) // 1000 * 1000
+    return whole.zip_with((micros - whole).abs() <= _SAVED_WITHIN_US, micros)
