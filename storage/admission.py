@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from storage.protocol import Capabilities
 
 _I64_MAX = 2**63 - 1
+_LEAST = {
+    ColumnType.I32: -(2**31),
+    ColumnType.I64: -(2**63),
+    ColumnType.F32: -3.4028234663852886e38,
+    ColumnType.F64: -1.7976931348623157e308,
+}
 _FLOATS = (ColumnType.F32, ColumnType.F64)
 _DAY = {ColumnType.DATE: 1, ColumnType.DATETIME: 86_400_000_000}  # what one day counts; 64 bits of ns reach no year 1
 _FIRST_DAY = date.min.toordinal() - date(1970, 1, 1).toordinal()
@@ -100,11 +106,17 @@ def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capab
     elif column.type is ColumnType.DATETIME_NS and not capabilities.nanoseconds:
         if count := int((values.to_physical() % 1000 != 0).sum()):
             refuse(count, "finer than a microsecond", "declare the column datetime or i64, or use another store")
-    elif column.type is ColumnType.STR and not capabilities.nul:
-        if count := int(values.str.contains("\0", literal=True).sum()):
+    elif column.type is ColumnType.STR:
+        if not capabilities.nul and (count := int(values.str.contains("\0", literal=True).sum())):
             refuse(count, "text with a NUL character", "have the provider's data corrected, or use another store")
+        if not capabilities.empty_text and (count := int((values == "").sum())):
+            refuse(count, "empty text", "map it to null in the definition, or use another store")
+        if not capabilities.final_return and (count := int(values.str.ends_with("\r").sum())):
+            refuse(count, "text that ends in a carriage return", "have it stripped, or use another store")
     elif column.type in _FLOATS and not capabilities.nan and (count := int((~values.is_finite()).sum())):
         refuse(count, "NaN or infinite", "map them to null in the definition, or use another store")
+    if column.type in _LEAST and not capabilities.least and (count := int((values == _LEAST[column.type]).sum())):
+        refuse(count, "the least of its type", "map it to null in the definition, or use another store")
 
 
 def _lengths(dataset: str, values: pl.Series, longest: int) -> None:

@@ -46,6 +46,9 @@ class Capabilities:
     evolve: bool  # columns can be added to a table that has rows
     writers: Writers
     negative_zero: bool = True  # keeps -0.0 apart from 0.0, which compare as equal; False: both become 0.0
+    empty_text: bool = True  # keeps an empty text apart from null
+    final_return: bool = True  # keeps a carriage return at the end of a text
+    least: bool = True  # keeps the least number of each type, which is null elsewhere
     longest_key: int | None = None  # characters of a text in the key; None: as many as elsewhere
     longest_text: int | None = (
         None  # characters of any text, those beyond 16 bits counting twice; None: as many as asked

@@ -14,6 +14,7 @@ ENGINES = {
     "clickhouse": ("storage.clickhouse", "clickhouse_connect", "[clickhouse]"),
     "csv": ("storage.csv", "polars", ""),
     "delta": ("storage.delta", "deltalake", ""),
+    "dolphindb": ("storage.dolphindb", "dolphindb", "[dolphindb]"),
     "excel": ("storage.excel", "fastexcel", "[excel]"),
     "mongodb": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mongodb+srv": ("storage.mongodb", "pymongo", "[mongodb]"),

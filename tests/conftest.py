@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import pytest
 
@@ -124,3 +125,21 @@ def mysql(mysql_server: str) -> Iterator[str]:
     asked(mysql_server, f"CREATE DATABASE {name}")
     yield f"{mysql_server}/{name}"
     asked(mysql_server, f"DROP DATABASE {name}")
+
+
+@pytest.fixture
+def dolphindb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty place in DolphinDB: in the server of MARKETSYNC_TEST_DOLPHINDB, where databases may be made
+    and stay, or in a double of its client."""
+    if given := os.environ.get("MARKETSYNC_TEST_DOLPHINDB"):
+        return f"{given.rstrip('/')}_{uuid.uuid4().hex[:12]}"
+    pytest.importorskip("dolphindb", reason="dolphindb is not installed: make env-test installs it")
+    import dolphindb as client
+    import dolphindb_double as double
+
+    folder = tmp_path / "dolphindb"
+    folder.mkdir()
+    monkeypatch.setenv(double.FOLDER, str(folder))
+    monkeypatch.setattr(client, "Session", double.Session)
+    monkeypatch.setattr(client, "TableAppender", double.TableAppender)
+    return f"dolphindb://{double.USER}:{quote(double.PASSWORD, safe='')}@{double.HOST}:{double.PORT}/made"

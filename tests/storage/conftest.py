@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -15,6 +17,7 @@ from storage.protocol import Capabilities, Store
 from storage.registry import ENGINES, open_store
 
 ROOT = Path(__file__).parents[2]
+FOLDER = "MARKETSYNC_DOLPHINDB_DOUBLE"
 _numbers = itertools.count(1)
 
 
@@ -55,6 +58,9 @@ def drop_table(address: str, dataset: str) -> None:
         client.command(f"DROP TABLE `{provider}`.`{name}` SYNC")
         client.close()
         return
+    if address.startswith("dolphindb:"):
+        drop_dolphindb(address, dataset)
+        return
     if address.startswith("mongodb:"):
         import pymongo
 
@@ -72,6 +78,25 @@ def drop_table(address: str, dataset: str) -> None:
         connection.execute(f'DROP TABLE "{provider}"."{name}"')  # pyright: ignore[reportArgumentType]
 
 
+def drop_dolphindb(address: str, dataset: str) -> None:
+    import dolphindb
+
+    store = open_store(address)
+    path = store.info(dataset).location.rpartition(": ")[2]
+    store.close()
+    if FOLDER in os.environ:
+        from dolphindb_double import drop
+
+        drop(path)
+        return
+    place = urlsplit(address)
+    session = dolphindb.Session(
+        place.hostname, place.port, unquote(place.username or ""), unquote(place.password or "")
+    )
+    session.run(f'dropDatabase("{path}")')
+    session.close()
+
+
 # not every day for an engine whose tables are those of another one here, and for a stand-in that is slow
 LONG = (
     "test_any_frame_comes_back_as_it_went",
@@ -81,14 +106,29 @@ LONG = (
 )
 
 
+# each of whose processes is slow to start, since the client needs pandas
+STARTED = (
+    "test_four_processes_that_create_one_table_at_once_get_the_same_table[dolphindb]",
+    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[dolphindb]",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.name in [f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "mongodb")]:
+        if item.name in STARTED or item.name in [
+            f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "dolphindb", "mongodb")
+        ]:
             item.add_marker(pytest.mark.slow)
 
 
 # scheme: the fixture that gives an empty database
-SERVERS = {"clickhouse": "clickhouse", "mongodb": "mongodb", "mysql": "mysql", "postgresql": "postgres"}
+SERVERS = {
+    "clickhouse": "clickhouse",
+    "dolphindb": "dolphindb",
+    "mongodb": "mongodb",
+    "mysql": "mysql",
+    "postgresql": "postgres",
+}
 ALIASES = {"mongodb+srv"}  # schemes of an engine that has another one
 
 
@@ -120,7 +160,8 @@ def needs(store: Store, **wanted: object) -> Capabilities:
 
 def python(script: str, *arguments: object) -> list[str]:
     """Return the command line that runs a script beside this file with our packages importable."""
-    start = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]; import runpy; "
+    folders = [str(folder) for folder in (ROOT, ROOT / "tests", Path(__file__).parent)]
+    start = f"import sys; sys.path[:0] = {folders}; import runpy; "
     return [
         sys.executable,
         "-c",

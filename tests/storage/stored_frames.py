@@ -117,7 +117,13 @@ def batch(
 
 def hostile_keys(capabilities: Capabilities) -> list[str]:
     """Return the hostile texts, as long as a text in a key may be."""
-    return [text[: capabilities.longest_key] for text in HOSTILE_TEXT]
+    return [text[: capabilities.longest_key] for text in hostile_text(capabilities)]
+
+
+def hostile_text(capabilities: Capabilities) -> list[str]:
+    """Return the hostile texts, as far as this store promises to keep them."""
+    texts = [text if capabilities.final_return else text.removesuffix("\r") for text in HOSTILE_TEXT]
+    return [text or ("" if capabilities.empty_text else "none") for text in texts]
 
 
 def hostile(capabilities: Capabilities) -> pl.DataFrame:
@@ -146,14 +152,15 @@ def hostile(capabilities: Capabilities) -> pl.DataFrame:
         return [values[index % len(values)] for index in range(rows)]
 
     days = [date(1969, 12, 31), date(1901, 1, 1), date(2001, 2, 28), date(2100, 12, 31), date(1970, 1, 1)]
+    lowest = int(not capabilities.least)
     frame = pl.DataFrame(
         {
             "name": hostile_keys(capabilities),
             "day": turn(days),
-            "text": [None, *HOSTILE_TEXT[:0:-1]],
+            "text": [None, *hostile_text(capabilities)[:0:-1]],
             "flag": turn([True, False, None]),
-            "small": turn([0, 2**31 - 1, -(2**31), None]),
-            "large": turn([0, 2**63 - 1, -(2**63), None, 2**53 + 1]),
+            "small": turn([0, 2**31 - 1, -(2**31) + lowest, None]),
+            "large": turn([0, 2**63 - 1, -(2**63) + lowest, None, 2**53 + 1]),
             "huge": turn(huge),
             "single": turn(singles),
             "double": turn(doubles),

@@ -29,6 +29,7 @@ from stored_frames import (
     differences,
     hostile,
     hostile_keys,
+    hostile_text,
     stamped,
 )
 from writer_process import expected
@@ -164,7 +165,7 @@ def test_an_added_column_is_null_in_old_rows_and_kept_in_new_ones(store: Store, 
     assert found.columns == wider.names
     assert found["vwap"].null_count() == found["note"].null_count() == found.height == old.height
     assert_frame_equal(found.select(WITHOUT_SYSTEM), old.select(WITHOUT_SYSTEM), check_row_order=False)
-    new = bars(first=40).with_columns(vwap=pl.lit(1.5), note=pl.lit(""), n=pl.lit(2**60))
+    new = bars(first=40).with_columns(vwap=pl.lit(1.5), note=pl.lit(" "), n=pl.lit(2**60))
     assert store.write(batch(dataset, new, 2, schema=wider)) == Written(80, 16)
     found = rows_of(store, dataset, Filter(since=START + timedelta(hours=40)))
     assert_frame_equal(found, new.select(wider.names).sort(BY_KEY))
@@ -334,6 +335,12 @@ def test_a_null_in_a_column_declared_without_is_refused(store: Store, dataset: s
         ("at_ns", 1, pl.Int64(), "nanoseconds", "declare the column datetime or i64"),
         ("double", float("nan"), pl.Float64(), "nan", "map them to null"),
         ("single", float("-inf"), pl.Float32(), "nan", "map them to null"),
+        ("text", "", pl.String(), "empty_text", "map it to null"),
+        ("text", "x\r", pl.String(), "final_return", "have it stripped"),
+        ("small", -(2**31), pl.Int32(), "least", "map it to null"),
+        ("large", -(2**63), pl.Int64(), "least", "map it to null"),
+        ("single", -3.4028234663852886e38, pl.Float32(), "least", "map it to null"),
+        ("double", -1.7976931348623157e308, pl.Float64(), "least", "map it to null"),
     ],
 )
 def test_a_value_that_the_engine_would_change_is_refused_or_kept(
@@ -740,24 +747,27 @@ def needs_nothing_of(place: Place) -> bool:
 # anything at all
 
 
-def texts(nul: bool):
-    character = st.characters(exclude_categories=["Cs"], exclude_characters="" if nul else "\0")
-    return st.one_of(st.sampled_from(HOSTILE_TEXT), st.text(character, max_size=12))
+def texts(able: Capabilities) -> st.SearchStrategy[str]:
+    character = st.characters(exclude_categories=["Cs"], exclude_characters="" if able.nul else "\0")
+    drawn = st.one_of(st.sampled_from(hostile_text(able)), st.text(character, max_size=12))
+    return drawn.filter(lambda text: (able.empty_text or text) and (able.final_return or not text.endswith("\r")))
 
 
 def columns_of(able: Capabilities) -> dict[str, st.SearchStrategy]:
     def floats(width: Literal[32, 64]) -> st.SearchStrategy[float]:
+        least = {32: -3.4028234663852886e38, 64: -1.7976931348623157e308}[width]
         drawn = st.floats(width=width, allow_nan=able.nan, allow_infinity=able.nan)
+        drawn = drawn if able.least else drawn.filter(lambda value: value != least)
         return drawn if able.negative_zero else drawn.map(lambda value: value + 0.0)
 
     since, until = (datetime(year, 1, 1, tzinfo=UTC).replace(tzinfo=None) for year in (1902, 2200))
     times = st.datetimes(since, until, timezones=st.just(UTC))
     nano = st.integers(-(2**60), 2**60)
     return {
-        "text": texts(able.nul),
+        "text": texts(able),
         "flag": st.booleans(),
-        "small": st.integers(-(2**31), 2**31 - 1),
-        "large": st.integers(-(2**63), 2**63 - 1),
+        "small": st.integers(-(2**31) + (not able.least), 2**31 - 1),
+        "large": st.integers(-(2**63) + (not able.least), 2**63 - 1),
         "huge": st.integers(0, 2**64 - 1 if able.unsigned_64 else 2**63 - 1),
         "single": floats(32),
         "double": floats(64),
@@ -773,7 +783,7 @@ def test_any_frame_comes_back_as_it_went(store: Store, data: st.DataObject):
     able = store.capabilities
     each = columns_of(able)
     key = st.tuples(
-        texts(able.nul).map(lambda text: text[: able.longest_key]), st.dates(date(1905, 1, 1), date(2149, 1, 1))
+        texts(able).map(lambda text: text[: able.longest_key]), st.dates(date(1905, 1, 1), date(2149, 1, 1))
     )
     keys = data.draw(st.lists(key, min_size=1, max_size=8, unique=True))
     frame = pl.DataFrame(
