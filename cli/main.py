@@ -19,6 +19,7 @@ MODULES = {
     "check": ("check",),
     "sync": ("sync", "estimate"),
     "plan": ("plan",),
+    "export": ("export",),
     "look": ("status", "report", "explain", "query"),
     "control": ("pause", "resume", "cancel", "schedule"),
     "catalog": ("providers", "datasets"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cli.options import Config, Json
+from cli.options import Config, Json, when
 from cli.output import length, many, put, put_json, put_object, say
 from marketsync.errors import ConfigurationError
 
@@ -17,15 +16,6 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command("sync")(sync)
     app.command("estimate")(estimate)
-
-
-def _when(text: str | None, option: str) -> date | datetime | None:
-    from marketsync.durations import parse_when
-
-    try:
-        return None if text is None else parse_when(text)
-    except ValueError as error:
-        raise ConfigurationError(f"{option}: {error}") from None
 
 
 def sync(
@@ -59,7 +49,7 @@ def sync(
 
     if prefect and local:
         raise ConfigurationError("--prefect and --local exclude one another")
-    options = Options(_when(since, "--since"), _when(until, "--until"), tuple(only or ()), retry_failed, refetch)
+    options = Options(when(since, "--since"), when(until, "--until"), tuple(only or ()), retry_failed, refetch)
     path = str(config.resolve())
     workspace = open_workspace(path)
     plans = list(dict.fromkeys(plans or ()))  # a plan that is named twice is one plan

@@ -16,6 +16,7 @@ _PUBLIC = {
     "read_report": ("tasks.public", "read_report", ("providers", "storage", "tasks")),
     "explain": ("tasks.public", "explain", ("providers", "storage", "tasks")),
     "query": ("tasks.public", "query", ("providers", "storage", "tasks")),
+    "export": ("tasks.public", "export", ("providers", "storage", "tasks")),
     "MarketSyncError": ("marketsync.errors", "MarketSyncError", ()),
 }
 

@@ -2,6 +2,7 @@ from marketsync.errors import MarketSyncError as MarketSyncError
 from storage.reader import open_reader as _open_reader
 from tasks.public import estimate as estimate
 from tasks.public import explain as explain
+from tasks.public import export as export
 from tasks.public import query as query
 from tasks.public import read_report as read_report
 from tasks.public import status as status

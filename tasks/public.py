@@ -17,6 +17,8 @@ from marketsync.durations import parse_when, within_reach
 from marketsync.errors import ConfigurationError
 from marketsync.report import RunReport
 from tasks import inquiry
+from tasks.export import Exported
+from tasks.export import export as write_file
 from tasks.inquiry import Estimate, Explanation, Status
 from tasks.sync import kept
 from tasks.sync import sync as sync_plans
@@ -140,6 +142,42 @@ def query(sql: str, config: str | Path = "upstream.yml", *, store: str | None = 
     """Run a SELECT over the tables (`upstream.dataset`) of a store of upstream.yml; the first store by default."""
     with _opened(config) as workspace:
         return workspace.store(store or next(iter(workspace.loaded.configuration.stores))).query(sql)
+
+
+def export(
+    dataset: str,
+    file: str | Path,
+    config: str | Path = "upstream.yml",
+    *,
+    store: str | None = None,
+    symbols: str | Sequence[str] = (),
+    since: Day | None = None,
+    until: Day | None = None,
+    columns: Sequence[str] = (),
+    force: bool = False,
+) -> Exported:
+    """Write a dataset's rows of a store of upstream.yml (the first one by default) to one .csv, .xlsx or .parquet file.
+
+    Only the rows of `symbols`, from `since` on, up to `until` (that day included), with `columns`; all where none is
+    given. A file that is there is kept unless `force` is given. Times are in UTC.
+
+    Raises ConfigurationError for what is wrong in these arguments or cannot be written, SchemaError for a text that
+    no cell of a workbook holds, StoreError when the store cannot be read.
+    """
+    first, last = (None if day is None else _when(name, day) for name, day in (("since", since), ("until", until)))
+    names = (symbols,) if isinstance(symbols, str) else tuple(symbols)
+    with _opened(config) as workspace:
+        return write_file(
+            workspace,
+            dataset,
+            Path(file),
+            store=store,
+            symbols=names,
+            since=first,
+            until=last,
+            columns=columns,
+            force=force,
+        )
 
 
 def _opened(config: str | Path) -> closing[Workspace]:
