@@ -21,7 +21,17 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 # those of storage.registry, which is not imported here: in a folder, and on a server
 FOLDER_SCHEMES = ("delta", "parquet", "csv", "excel", "chdb")
-STORE_SCHEMES = (*FOLDER_SCHEMES, "clickhouse", "dolphindb", "mongodb", "mongodb+srv", "mysql", "postgresql")
+STORE_SCHEMES = (
+    *FOLDER_SCHEMES,
+    "clickhouse",
+    "dolphindb",
+    "marketstore",
+    "marketstores",
+    "mongodb",
+    "mongodb+srv",
+    "mysql",
+    "postgresql",
+)
 
 
 def _daily_text(text: str) -> str:
@@ -158,8 +168,8 @@ class StoreSpec(Model):
 
     url: str = Field(
         description="Engine and place: delta://./data, parquet://, csv://, excel://, chdb:// in a folder, "
-        "postgresql://, mysql://, mongodb:// or dolphindb://user:$secret.PASSWORD@host/database, or "
-        "clickhouse://user:$secret.PASSWORD@host:8123/ on a server."
+        "postgresql://, mysql://, mongodb:// or dolphindb://user:$secret.PASSWORD@host/database, "
+        "clickhouse://user:$secret.PASSWORD@host:8123/ or marketstore://host:5993/ on a server."
     )
 
 

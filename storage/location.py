@@ -29,10 +29,15 @@ def folder(url: str) -> Path:
 
 def split(dataset: str) -> tuple[str, str]:
     """Return (provider, name) of `provider.name`; raises `ConfigurationError` for anything else."""
-    if not _DATASET.fullmatch(dataset):
+    if not is_dataset(dataset):
         raise ConfigurationError(
             f"{dataset!r} is not the name of a dataset: write provider.name with letters, digits, _ and -, "
             "for example tushare.daily"
         )
     provider, _, name = dataset.partition(".")
     return provider, name
+
+
+def is_dataset(name: str) -> bool:
+    """Return whether the name has the form `provider.name`."""
+    return _DATASET.fullmatch(name) is not None

@@ -50,9 +50,11 @@ class Capabilities:
     final_return: bool = True  # keeps a carriage return at the end of a text
     least: bool = True  # keeps the least number of each type, which is null elsewhere
     longest_key: int | None = None  # characters of a text in the key; None: as many as elsewhere
-    longest_text: int | None = (
-        None  # characters of any text, those beyond 16 bits counting twice; None: as many as asked
-    )
+    longest_text: int | None = None  # characters, as the engine counts, of a text that is no subject; None: any
+    any_subject: bool = True  # a subject may be any text; False: only what can name a folder
+    any_key: bool = True  # rows may be identified by anything; False: by their time, and what else there is
+    earliest: datetime | None = None  # rows of an earlier time are refused
+    new_year: bool = True  # keeps a row of a 1 January in a table of days
     why: str = ""  # for each `False`: one sentence that says why and what to do instead
 
 

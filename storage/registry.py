@@ -16,6 +16,8 @@ ENGINES = {
     "delta": ("storage.delta", "deltalake", ""),
     "dolphindb": ("storage.dolphindb", "dolphindb", "[dolphindb]"),
     "excel": ("storage.excel", "fastexcel", "[excel]"),
+    "marketstore": ("storage.marketstore", "msgpack", "[marketstore]"),
+    "marketstores": ("storage.marketstore", "msgpack", "[marketstore]"),
     "mongodb": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mongodb+srv": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mysql": ("storage.mysql", "pymysql", "[mysql]"),

@@ -143,3 +143,26 @@ def dolphindb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(client, "Session", double.Session)
     monkeypatch.setattr(client, "TableAppender", double.TableAppender)
     return f"dolphindb://{double.USER}:{quote(double.PASSWORD, safe='')}@{double.HOST}:{double.PORT}/made"
+
+
+@pytest.fixture(scope="session")
+def marketstore_server() -> Iterator[str]:
+    """The URL of a MarketStore where buckets may be made: MARKETSYNC_TEST_MARKETSTORE, or a private double of one."""
+    if given := os.environ.get("MARKETSYNC_TEST_MARKETSTORE"):
+        yield given.rstrip("/") + "/"
+        return
+    pytest.importorskip("msgpack", reason="msgpack is not installed: make env-test installs it")
+    from marketstore_double import private_marketstore
+
+    with private_marketstore() as (url, _):
+        yield url
+
+
+@pytest.fixture
+def marketstore(marketstore_server: str) -> Iterator[str]:
+    """The URL of a MarketStore with a name of the test's own before its buckets, which are destroyed after it."""
+    from marketstore_buckets import destroy
+
+    name = f"t{uuid.uuid4().hex[:12]}"
+    yield marketstore_server + name
+    destroy(marketstore_server, name)

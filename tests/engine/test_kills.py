@@ -149,7 +149,7 @@ def test_a_sync_that_is_killed_fifty_times_loses_no_row_and_repeats_at_most_a_se
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("server", "seed"), [("postgres", 15), ("mysql", 16)])
+@pytest.mark.parametrize(("server", "seed"), [("postgres", 15), ("mysql", 16), ("marketstore", 17)])
 def test_so_it_is_with_a_store_that_is_a_server(place, request, server, seed):
     store = request.getfixturevalue(server)
     assert_every_phase(kill_often(killable(place, store, 60), kills=KILLS, seed=seed))

@@ -61,6 +61,11 @@ def drop_table(address: str, dataset: str) -> None:
     if address.startswith("dolphindb:"):
         drop_dolphindb(address, dataset)
         return
+    if address.startswith("marketstore:"):
+        from marketstore_buckets import destroy
+
+        destroy(address, urlsplit(address).path.strip("/") + "." + dataset)
+        return
     if address.startswith("mongodb:"):
         import pymongo
 
@@ -106,17 +111,19 @@ LONG = (
 )
 
 
-# each of whose processes is slow to start, since the client needs pandas
+# whose processes are slow to start, or are many
 STARTED = (
     "test_four_processes_that_create_one_table_at_once_get_the_same_table[dolphindb]",
     "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[dolphindb]",
+    "test_four_processes_that_create_one_table_at_once_get_the_same_table[marketstore]",
+    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[marketstore]",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name in STARTED or item.name in [
-            f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "dolphindb", "mongodb")
+            f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "dolphindb", "marketstore", "mongodb")
         ]:
             item.add_marker(pytest.mark.slow)
 
@@ -125,17 +132,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SERVERS = {
     "clickhouse": "clickhouse",
     "dolphindb": "dolphindb",
+    "marketstore": "marketstore",
     "mongodb": "mongodb",
     "mysql": "mysql",
     "postgresql": "postgres",
 }
-ALIASES = {"mongodb+srv"}  # schemes of an engine that has another one
+PERMITTED = {"marketstore": "?rewrite=true"}  # what an engine does only when its URL allows it
+ALIASES = {"marketstores", "mongodb+srv"}  # schemes of an engine that has another one
 
 
 @pytest.fixture(params=sorted(ENGINES.keys() - ALIASES))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     server = SERVERS.get(request.param)
-    return Place(request.param, tmp_path / "store", request.getfixturevalue(server) if server else "")
+    address = request.getfixturevalue(server) + PERMITTED.get(request.param, "") if server else ""
+    return Place(request.param, tmp_path / "store", address)
 
 
 @pytest.fixture

@@ -116,14 +116,24 @@ def batch(
 
 
 def hostile_keys(capabilities: Capabilities) -> list[str]:
-    """Return the hostile texts, as long as a text in a key may be."""
+    """Return the hostile texts, as long as a text in a key may be; tame ones where they name folders."""
+    if not capabilities.any_subject:
+        tame = ["".join(one for one in text if one.isascii() and one.isalnum()) for text in HOSTILE_TEXT]
+        return [f"{text[:50]}{place}" for place, text in enumerate(tame)]
     return [text[: capabilities.longest_key] for text in hostile_text(capabilities)]
 
 
 def hostile_text(capabilities: Capabilities) -> list[str]:
     """Return the hostile texts, as far as this store promises to keep them."""
     texts = [text if capabilities.final_return else text.removesuffix("\r") for text in HOSTILE_TEXT]
-    return [text or ("" if capabilities.empty_text else "none") for text in texts]
+    return [text[: capabilities.longest_text] or ("" if capabilities.empty_text else "none") for text in texts]
+
+
+def storable_day(capabilities: Capabilities, day: date) -> date:
+    """Return the day, or one like it that the engine keeps in a table of days."""
+    if capabilities.earliest is not None and day <= capabilities.earliest.date():
+        day = day.replace(year=1970 + (1970 - day.year) % 30 + 1)
+    return day if capabilities.new_year or (day.month, day.day) != (1, 1) else day.replace(day=2)
 
 
 def hostile(capabilities: Capabilities) -> pl.DataFrame:
@@ -156,7 +166,7 @@ def hostile(capabilities: Capabilities) -> pl.DataFrame:
     frame = pl.DataFrame(
         {
             "name": hostile_keys(capabilities),
-            "day": turn(days),
+            "day": [storable_day(capabilities, day) for day in turn(days)],
             "text": [None, *hostile_text(capabilities)[:0:-1]],
             "flag": turn([True, False, None]),
             "small": turn([0, 2**31 - 1, -(2**31) + lowest, None]),
