@@ -6,6 +6,7 @@ engine ever gets a chance to change a value silently. It repairs nothing but the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -45,12 +46,25 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
         return frame
     _nulls(dataset, frame, schema)
     _years(dataset, frame, schema)
-    for column in schema.columns:
-        _values(dataset, frame[column.name], column, capabilities)
-        if column.name in schema.key and column.type is ColumnType.STR and capabilities.longest_key is not None:
-            _lengths(dataset, frame[column.name], capabilities.longest_key)
+    if unkept := refusals(dataset, frame.lazy(), schema, capabilities):
+        raise SchemaError("; ".join(unkept))
     _keys(dataset, frame, schema)
     return frame
+
+
+def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, capabilities: Capabilities) -> list[str]:
+    """Return a sentence for each kind of value in the rows that a store of these capabilities would not give back:
+    which column, how many, the remedy. Reads only columns that may have one, once."""
+    kinds = [(column, *kind) for column in schema.columns for kind in _unkept(column, schema, capabilities)]
+    if not kinds:
+        return []
+    counted = rows.select(where.sum().alias(str(number)) for number, (_, where, _, _) in enumerate(kinds))
+    counts = counted.collect(engine="streaming").row(0)
+    return [
+        f"column {column.name!r} of {dataset} has {count} values that this store cannot keep ({what}); {remedy}"
+        for count, (column, _, what, remedy) in zip(counts, kinds, strict=True)
+        if count
+    ]
 
 
 def _columns(dataset: str, frame: pl.DataFrame, types: dict[str, pl.DataType]) -> None:
@@ -93,40 +107,38 @@ def _years(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
             )
 
 
-def _values(dataset: str, values: pl.Series, column: Column, capabilities: Capabilities) -> None:
-    def refuse(count: int, what: str, remedy: str) -> None:
-        raise SchemaError(
-            f"column {column.name!r} of a frame for {dataset} has {count} values that this store cannot keep ({what}); "
-            f"{remedy}"
-        )
+def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tuple[pl.Expr, str, str]]:
+    """Yield, for each kind of value that a store of these capabilities would not give back: which rows of the column
+    have one, what it is, and the remedy."""
+    import polars as pl
 
-    if column.type is ColumnType.U64 and not capabilities.unsigned_64:
-        if count := int((values > _I64_MAX).sum()):
-            refuse(count, f"greater than {_I64_MAX}", "declare the column str or f64, or use another store")
-    elif column.type is ColumnType.DATETIME_NS and not capabilities.nanoseconds:
-        if count := int((values.to_physical() % 1000 != 0).sum()):
-            refuse(count, "finer than a microsecond", "declare the column datetime or i64, or use another store")
-    elif column.type is ColumnType.STR:
-        if not capabilities.nul and (count := int(values.str.contains("\0", literal=True).sum())):
-            refuse(count, "text with a NUL character", "have the provider's data corrected, or use another store")
-        if not capabilities.empty_text and (count := int((values == "").sum())):
-            refuse(count, "empty text", "map it to null in the definition, or use another store")
-        if not capabilities.final_return and (count := int(values.str.ends_with("\r").sum())):
-            refuse(count, "text that ends in a carriage return", "have it stripped, or use another store")
-    elif column.type in _FLOATS and not capabilities.nan and (count := int((~values.is_finite()).sum())):
-        refuse(count, "NaN or infinite", "map them to null in the definition, or use another store")
-    if column.type in _LEAST and not capabilities.least and (count := int((values == _LEAST[column.type]).sum())):
-        refuse(count, "the least of its type", "map it to null in the definition, or use another store")
-
-
-def _lengths(dataset: str, values: pl.Series, longest: int) -> None:
-    lengths = values.str.len_chars()
-    if count := int((lengths > longest).sum()):
-        raise SchemaError(
-            f"key column {values.name!r} of a frame for {dataset} has {count} texts of up to {lengths.max()} "
-            f"characters, and this store's index takes {longest}; take the column out of the key, have the provider's "
-            "data corrected, or use another store"
-        )
+    value = pl.col(column.name)
+    if column.type is ColumnType.U64 and not able.unsigned_64:
+        yield value > _I64_MAX, f"greater than {_I64_MAX}", "declare the column str or f64, or use another store"
+    if column.type is ColumnType.DATETIME_NS and not able.nanoseconds:
+        finer = value.to_physical() % 1000 != 0
+        yield finer, "finer than a microsecond", "declare the column datetime or i64, or use another store"
+    if column.type in _FLOATS and not able.nan:
+        yield ~value.is_finite(), "NaN or infinite", "map them to null in the definition, or use another store"
+    if column.type in _DAY.keys() | {ColumnType.DATETIME_NS} and able.days is not None:
+        first, last = able.days
+        day = value if column.type is ColumnType.DATE else value.dt.date()
+        outside = (day < first) | (day > last)
+        yield outside, f"before {first} or after {last}", "declare the column str or i64, or use another store"
+    if column.type is ColumnType.STR and not able.nul:
+        nul = value.str.contains("\0", literal=True)
+        yield nul, "text with a NUL character", "have the provider's data corrected, or use another store"
+    if column.type is ColumnType.STR and not able.empty_text:
+        yield value == "", "empty text", "map it to null in the definition, or use another store"
+    if column.type is ColumnType.STR and not able.final_return:
+        yield value.str.ends_with("\r"), "text that ends in a carriage return", "have it stripped, or use another store"
+    if column.type in _LEAST and not able.least:
+        least = value == _LEAST[column.type]
+        yield least, "the least of its type", "map it to null in the definition, or use another store"
+    if column.type is ColumnType.STR and able.longest_key is not None and column.name in schema.key:
+        longer = value.str.len_chars() > able.longest_key
+        what = f"longer than the {able.longest_key} characters that its index takes"
+        yield longer, what, "take the column out of the key, have the data corrected, or use another store"
 
 
 def _keys(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from clickhouse_connect.driver.client import Client
 
+# what Date32 and DateTime64 reach; the engine would move a value outside to the nearest end without a word
+_FIRST, _LAST = date(1900, 1, 1), date(2299, 12, 31)
+
 CAPABILITIES = Capabilities(
     atomic=False,
     transactions=False,
@@ -40,9 +43,11 @@ CAPABILITIES = Capabilities(
     nul=True,
     evolve=True,
     writers=Writers.MANY_PROCESSES,
+    days=(_FIRST, _LAST),
     why="atomic: a batch that falls into several partitions becomes visible one partition after the other; use "
     "delta:// when others read while we write. "
-    "transactions: the engine has none for several statements; a batch is repeated until it is whole.",
+    "transactions: the engine has none for several statements; a batch is repeated until it is whole. "
+    "days: its times reach from 1900 to 2299; declare the column str or i64.",
 )
 
 _COMMITS = "_marketsync_commits"
@@ -52,8 +57,6 @@ _DELETED = "_deleted"
 _LISTED_SUBJECTS = 1_000
 # a scan asks for as many partitions at once as have about this many rows
 _SCAN_ROWS = 1_048_576
-# what Date32 and DateTime64 reach; the engine would move a value outside to the nearest end without a word
-_FIRST, _LAST = date(1900, 1, 1), date(2299, 12, 31)
 
 _TYPES = {
     ColumnType.STR: ("String", "ZSTD(1)"),
@@ -400,18 +403,7 @@ class ClickHouseStore:
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
     ) -> tuple[pl.DataFrame, list[str]]:
-        frame = admission.admit(dataset, frame, sent, self.capabilities)
-        for column in sent.columns:
-            if column.type not in (ColumnType.DATE, ColumnType.DATETIME, ColumnType.DATETIME_NS):
-                continue
-            low, high = frame[column.name].min(), frame[column.name].max()
-            days = [each.date() if isinstance(each, datetime) else each for each in (low, high)]
-            if any(isinstance(day, date) and not _FIRST <= day <= _LAST for day in days):
-                raise SchemaError(
-                    f"column {column.name!r} of a frame for {dataset} has times that ClickHouse cannot keep "
-                    f"(before {_FIRST} or after {_LAST}); declare the column str or i64, or use another store"
-                )
-        return evolution.fit(dataset, frame, sent, stored)
+        return evolution.fit(dataset, admission.admit(dataset, frame, sent, self.capabilities), sent, stored)
 
     def _with_keys(self, dataset: str, schema: Schema, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the rows that have a key of the frame, by its subjects and its range of times."""

@@ -55,6 +55,7 @@ class Capabilities:
     any_key: bool = True  # rows may be identified by anything; False: by their time, and what else there is
     earliest: datetime | None = None  # rows of an earlier time are refused
     new_year: bool = True  # keeps a row of a 1 January in a table of days
+    days: tuple[date, date] | None = None  # the first and the last that a time can be on; None: of the years 1 to 9999
     why: str = ""  # for each `False`: one sentence that says why and what to do instead
 
 

@@ -106,7 +106,7 @@ def test_times_that_the_engine_would_move_are_refused(store, day: date):
     store.ensure("made.days", schema)
     good = {"day": [date(2001, 1, 1), date(2001, 1, 2)], "seen": [date(1900, 1, 1), date(2299, 12, 31)]}
     store.write(batch("made.days", stamped(pl.DataFrame(good)), schema=schema))
-    with pytest.raises(SchemaError, match=r"'seen'.*ClickHouse cannot keep"):
+    with pytest.raises(SchemaError, match=r"'seen'.*cannot keep .before 1900"):
         store.write(
             batch("made.days", stamped(pl.DataFrame({"day": [date(2001, 1, 3)], "seen": [day]})), 2, schema=schema)
         )
