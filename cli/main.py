@@ -21,6 +21,7 @@ MODULES = {
     "plan": ("plan",),
     "export": ("export",),
     "look": ("status", "report", "explain", "query"),
+    "stores": ("stores", "copy"),
     "control": ("pause", "resume", "cancel", "schedule"),
     "catalog": ("providers", "datasets"),
     "replica": ("replica",),

@@ -15,6 +15,8 @@ _PUBLIC = {
     "status": ("tasks.public", "status", ("providers", "storage", "tasks")),
     "read_report": ("tasks.public", "read_report", ("providers", "storage", "tasks")),
     "explain": ("tasks.public", "explain", ("providers", "storage", "tasks")),
+    "stores": ("tasks.public", "stores", ("providers", "storage", "tasks")),
+    "copy": ("tasks.public", "copy", ("providers", "storage", "tasks")),
     "query": ("tasks.public", "query", ("providers", "storage", "tasks")),
     "export": ("tasks.public", "export", ("providers", "storage", "tasks")),
     "MarketSyncError": ("marketsync.errors", "MarketSyncError", ()),

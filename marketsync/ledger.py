@@ -589,6 +589,11 @@ class Ledger:
                 self._lay_in(connection, store_id, dataset, "", {_ANY_SUBJECT: [self._distrust()]})
         return Binding.NEW if known is None else Binding.CHANGED
 
+    def marker(self, store_id: str, dataset: str) -> str | None:
+        """Return the marker of the table that the ledger knows; None when it knows none."""
+        with self._read() as connection:
+            return self._marker_in(connection, store_id, dataset)
+
     def _marker_in(self, connection: sa.Connection, store_id: str, dataset: str) -> str | None:
         return connection.execute(
             sa.select(_store.c.marker).where(_store.c.store_id == store_id, _store.c.dataset == dataset)

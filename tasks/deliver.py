@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -367,17 +367,8 @@ def fill_from_siblings(
     for other in others:
         wanted: dict[tuple[Interval, ...], list[str]] = defaultdict(list)
         for subject in subjects:
-            theirs = [
-                Interval(piece.start, piece.end)
-                for piece in known[other.store_id].get(subject, ())
-                if piece.answer in (Answer.ROWS, Answer.EMPTY)
-            ]
-            here = [
-                Interval(piece.start, piece.end)
-                for piece in mine.get(subject, ())
-                if piece.answer in (Answer.ROWS, Answer.EMPTY)
-            ]
-            missing = minus(theirs, [*here, *coming.get(subject, ())])
+            theirs = answered(known[other.store_id].get(subject, ()))
+            missing = minus(theirs, [*answered(mine.get(subject, ())), *coming.get(subject, ())])
             if missing:
                 wanted[tuple(missing)].append(subject)
         for intervals, group in wanted.items():
@@ -389,9 +380,7 @@ def fill_from_siblings(
                     seq += 1
                     if not noted:
                         # From now on rows may be there of which no coverage tells, should this break off.
-                        begun = [
-                            Covered(*span, Answer.PARTIAL, False, clock.now(), None, COPYING) for span in intervals
-                        ]
+                        begun = begun_copies(intervals, clock.now())
                         ledger.lay(target.store_id, dataset, request_hash, dict.fromkeys(group, begun))
                         noted = True
                     stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
@@ -402,16 +391,32 @@ def fill_from_siblings(
                     copied += frame.height
             pieces: dict[str, list[Covered]] = {}
             for subject in group:
-                pieces[subject] = [
-                    Covered(span.start, span.end, piece.answer, piece.final, piece.asked_at, None)
-                    for piece in known[other.store_id].get(subject, ())
-                    if piece.answer in (Answer.ROWS, Answer.EMPTY)
-                    for span in within([Interval(piece.start, piece.end)], intervals)
-                ]
+                pieces[subject] = inherited(known[other.store_id].get(subject, ()), intervals)
             ledger.lay(target.store_id, dataset, request_hash, pieces)
             for subject, laid in pieces.items():
                 mine[subject] = [*mine.get(subject, []), *laid]
     return copied
+
+
+def answered(pieces: Iterable[Covered]) -> list[Interval]:
+    """Return what was asked and answered, with rows or with none."""
+    return [Interval(piece.start, piece.end) for piece in pieces if piece.answer in (Answer.ROWS, Answer.EMPTY)]
+
+
+def begun_copies(intervals: Iterable[Interval], now: datetime) -> list[Covered]:
+    """Return what a store's coverage says while rows of these intervals are copied to it: that there may be some."""
+    return [Covered(*span, Answer.PARTIAL, False, now, None, COPYING) for span in intervals]
+
+
+def inherited(pieces: Iterable[Covered], intervals: Sequence[Interval]) -> list[Covered]:
+    """Return the coverage that a store has of these intervals once another one's rows were copied to it: the other's
+    own answers and times of asking."""
+    return [
+        Covered(span.start, span.end, piece.answer, piece.final, piece.asked_at, None)
+        for piece in pieces
+        if piece.answer in (Answer.ROWS, Answer.EMPTY)
+        for span in within([Interval(piece.start, piece.end)], intervals)
+    ]
 
 
 def _literals(segment_id: str, now: datetime) -> list[pl.Expr]:
@@ -426,8 +431,6 @@ def _literals(segment_id: str, now: datetime) -> list[pl.Expr]:
 def _rows_of(
     store: Store, dataset: str, schema: Schema, subjects: Sequence[str], interval: Interval, batch_rows: int
 ) -> Iterator[pl.DataFrame]:
-    import polars as pl
-
     since: datetime | date | None = None
     until: datetime | date | None = None
     if schema.time is not None:
@@ -435,17 +438,26 @@ def _rows_of(
     chosen = None if schema.subject is None or list(subjects) == [EVERYTHING] else tuple(dict.fromkeys(subjects))
     if schema.subject is not None and chosen is not None and any("|" in subject for subject in chosen):
         chosen = None
+    return frames(store, dataset, Filter(chosen, since, until), schema.polars(), batch_rows)
+
+
+def frames(
+    store: Store, dataset: str, filter: Filter, types: Mapping[str, pl.DataType], batch_rows: int
+) -> Iterator[pl.DataFrame]:
+    """Yield a store's rows as frames of about `batch_rows` rows, in the types given."""
+    import polars as pl
+
     held: list[pl.DataFrame] = []
     rows = 0
-    for batch in store.arrow(dataset, Filter(chosen, since, until)):
+    for batch in store.arrow(dataset, filter):
         frame = pl.DataFrame(pl.from_arrow(batch))
         held.append(frame)
         rows += frame.height
         if rows >= batch_rows:
-            yield pl.concat(held).cast(dict(schema.polars()))  # type: ignore[arg-type]
+            yield pl.concat(held).cast(dict(types))  # type: ignore[arg-type]
             held, rows = [], 0
     if rows:
-        yield pl.concat(held).cast(dict(schema.polars()))  # type: ignore[arg-type]
+        yield pl.concat(held).cast(dict(types))  # type: ignore[arg-type]
 
 
 def bounds_for(schema: Schema, interval: Interval) -> tuple[datetime | date, datetime | date]:

@@ -7,19 +7,25 @@ and exit codes are the command line's, and rows are read with `storage/reader.py
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from datetime import date, datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marketsync.durations import parse_when, within_reach
 from marketsync.errors import ConfigurationError
+from marketsync.planning import instant
 from marketsync.report import RunReport
+from storage.protocol import Filter
 from tasks import inquiry
+from tasks.copy import Copied, open_end
+from tasks.copy import copy as copy_rows
 from tasks.export import Exported
 from tasks.export import export as write_file
 from tasks.inquiry import Estimate, Explanation, Status
+from tasks.stores import SECONDS, StoreState
+from tasks.stores import stores as look_at_stores
 from tasks.sync import kept
 from tasks.sync import sync as sync_plans
 from tasks.watch import interrupt_all
@@ -178,6 +184,54 @@ def export(
             columns=columns,
             force=force,
         )
+
+
+def stores(config: str | Path = "upstream.yml", *, seconds: float = SECONDS) -> list[StoreState]:
+    """Say of every store of upstream.yml whether it answers (within so many seconds), its engine's version and its
+    tables; what is wrong with one is its `problem`."""
+    with _opened(config) as workspace:
+        return look_at_stores(workspace, seconds=seconds)
+
+
+def copy(
+    source: str,
+    target: str,
+    datasets: str | Sequence[str] = (),
+    config: str | Path = "upstream.yml",
+    *,
+    symbols: str | Sequence[str] = (),
+    since: Day | None = None,
+    until: Day | None = None,
+    dry_run: bool = False,
+    told: Callable[[Copied], None] = lambda _: None,
+) -> list[Copied]:
+    """Copy rows between two stores, each named as in upstream.yml or by a URL; return what was done for each dataset.
+
+    `until` is included where it is a day. Rows of the target are inserted and updated, never deleted; a copy that was
+    broken off goes on when it is made again. `told` hears how far a dataset is after each write.
+
+    Raises SchemaError, before anything is moved, with what the target cannot keep; ConfigurationError for stores,
+    datasets and symbols that there are not; StoreError when a store fails.
+    """
+    path = Path(config).resolve()
+    first = None if since is None else instant(_when("since", since))
+    last = None if until is None else _when("until", until)
+    if last is not None:
+        last = instant(last) if isinstance(last, datetime) else instant(last + timedelta(days=1))
+    if first is not None and last is not None and first >= last:
+        raise ConfigurationError(f"since {since} is not before until {until}: there is nothing between them")
+    names = (symbols,) if isinstance(symbols, str) else tuple(symbols)
+    span = Filter(names or None, first, last)
+    with ExitStack() as opened:
+        workspace = None
+        if "://" not in source or "://" not in target:
+            workspace = opened.enter_context(closing(Workspace(path)))
+        ends = open_end(source, workspace, path), open_end(target, workspace, path)
+        for end in ends:
+            if end.store_id is None:
+                opened.callback(end.store.close)
+        chosen = [datasets] if isinstance(datasets, str) else datasets
+        return copy_rows(*ends, chosen, span, workspace=workspace, dry_run=dry_run, told=told)
 
 
 def _opened(config: str | Path) -> closing[Workspace]:

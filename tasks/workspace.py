@@ -116,17 +116,20 @@ class Workspace:
         """Return a store of the configuration, opened once."""
         with self._lock:
             if name not in self._stores:
-                if name not in self.loaded.configuration.stores:
-                    known = ", ".join(self.loaded.configuration.stores)
-                    raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
-                url = self.secrets.fill_url(self.loaded.store_url(name))
-                if self._open_store is not None:
-                    self._stores[name] = self._open_store(url, name)
-                else:
-                    from storage.registry import open_store
-
-                    self._stores[name] = open_store(url, name)
+                self._stores[name] = self.opened(name)
             return self._stores[name]
+
+    def opened(self, name: str) -> Store:
+        """Open a store of the configuration anew; whoever asks closes it."""
+        if name not in self.loaded.configuration.stores:
+            known = ", ".join(self.loaded.configuration.stores)
+            raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
+        url = self.secrets.fill_url(self.loaded.store_url(name))
+        if self._open_store is not None:
+            return self._open_store(url, name)
+        from storage.registry import open_store
+
+        return open_store(url, name)
 
     def definition(self, upstream: str) -> Definition:
         """Return the definition of an upstream."""
@@ -346,14 +349,12 @@ class Scope:
     @property
     def told_apart(self) -> bool:
         """Whether the rows of one subject can be told from another's."""
-        return list(self.spec.over.subjects) == [self.schema.subject]
+        return told_apart(self.spec)
 
     @property
     def margin(self) -> timedelta:
         """How far the times of rows can be outside of the session that they were asked with."""
-        column = self.schema.time
-        dated = column is None or self.schema[column].type is ColumnType.DATE
-        return timedelta() if dated or not self.spec.over.session else timedelta(days=4)
+        return margin(self.spec)
 
     @cached_property
     def wanted(self) -> list[Interval]:
@@ -517,6 +518,18 @@ class Scope:
     def config_hash(self) -> str:
         """Return 16 hex digits over the plan as it stands."""
         return hashlib.sha256(self.plan.model_dump_json().encode()).hexdigest()[:16]
+
+
+def told_apart(spec: Dataset) -> bool:
+    """Return whether the rows of one subject that is asked about can be told from another's."""
+    return list(spec.over.subjects) == [spec.stored().subject]
+
+
+def margin(spec: Dataset) -> timedelta:
+    """Return how far the times of rows can be outside of the session that they were asked with."""
+    schema = spec.stored()
+    dated = schema.time is None or schema[schema.time].type is ColumnType.DATE
+    return timedelta() if dated or not spec.over.session else timedelta(days=4)
 
 
 def expected_rows(scope: Scope, unit: Unit) -> int | None:
