@@ -102,7 +102,8 @@ def drop_dolphindb(address: str, dataset: str) -> None:
     session.close()
 
 
-# not every day for an engine whose tables are those of another one here, and for a stand-in that is slow
+# not every day for an engine whose tables are those of another one here, for a stand-in that is slow, and for a store
+# that writes the whole table anew each time
 LONG = (
     "test_any_frame_comes_back_as_it_went",
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
@@ -123,7 +124,9 @@ STARTED = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name in STARTED or item.name in [
-            f"{name}[{engine}]" for name in LONG for engine in ("clickhouse", "dolphindb", "marketstore", "mongodb")
+            f"{name}[{engine}]"
+            for name in LONG
+            for engine in ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb")
         ]:
             item.add_marker(pytest.mark.slow)
 
