@@ -44,6 +44,9 @@ def write(path: Path, frame: pl.DataFrame) -> None:
     records = _records(frame)
     empty = pl.DataFrame(schema=dict.fromkeys(frame.columns, pl.String()))
     look, widths = _look(frame)
+    notes: dict[str, Any] = {
+        column: {"author": "MarketSync", "text": "in UTC"} for column, code in look.items() if "hh" in code
+    }
     try:
         xlsx.write_worksheets(
             [(name, islice(records, SHEET_ROWS) if frame.height else empty) for name in names],
@@ -55,6 +58,7 @@ def write(path: Path, frame: pl.DataFrame) -> None:
                 name: {column: xlsx.Format().set_num_format(code) for column, code in look.items()} for name in names
             },
             column_widths={name: widths for name in names},
+            notes={name: notes for name in names},
             ignore_errors={"general": list(look)},  # the green corner of a number that is text on purpose
         )
     except (RuntimeError, OSError) as error:

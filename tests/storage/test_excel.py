@@ -72,6 +72,8 @@ def test_a_person_sees_a_frozen_header_real_dates_and_real_numbers(store, tmp_pa
     header, first, second, _ = sheet.iter_rows()
     assert [cell.value for cell in header] == [*schema.names, "_segment", "_ingested_at"]
     assert all(cell.font.b for cell in header)
+    notes = {cell.value: cell.comment.text for cell in header if cell.comment}
+    assert notes == dict.fromkeys(("ts", "_ingested_at"), "MarketSync:\nin UTC")
     assert [cell.value for cell in first[:6]] == [
         "000001",
         datetime(2001, 1, 30, 9, 30),  # noqa: DTZ001 - Excel knows no zone
