@@ -263,6 +263,9 @@ class Engine:
         self._random.shuffle(keys)
         found = {key: self._rows(self.buckets[key], request) for key in keys}
         shapes = {tuple((name, column.dtype.str) for name, column in rows.items()) for rows in found.values()}
+        # what is asked for comes between the two that always come: some then come twice
+        wanted = request.get("columns") or []
+        names = ["Epoch", *wanted, "Nanoseconds"] if wanted else list(found[keys[0]])
         if len(shapes) > 1:
             raise RpcError(
                 "symbols in a query must have the same data type or be filtered by common columns. "
@@ -274,9 +277,9 @@ class Engine:
         for key, length in lengths.items():
             starts[key], at = at, at + length
         return {
-            "types": [_said(column) for column in first.values()],
-            "names": list(first),
-            "data": [b"".join(rows[name].tobytes() for rows in found.values()) for name in first],
+            "types": [_said(first[name]) for name in names if name in first],
+            "names": [name for name in names if name in first],
+            "data": [b"".join(rows[name].tobytes() for rows in found.values()) for name in names if name in first],
             "length": at,
             "startindex": starts,
             "lengths": lengths,
@@ -310,7 +313,7 @@ class Engine:
         if bucket.variable:
             columns["Nanoseconds"] = np.array([nano for _, nano, _ in rows], "<i4")
         if wanted := request.get("columns"):
-            columns = {name: column for name, column in columns.items() if name == "Epoch" or name in wanted}
+            columns = {name: each for name, each in columns.items() if name in ("Epoch", "Nanoseconds", *wanted)}
         return columns
 
     def _info(self, params: dict[str, Any]) -> dict[str, Any]:

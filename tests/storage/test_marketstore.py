@@ -212,7 +212,7 @@ def test_a_column_that_is_added_is_refused_with_what_to_do(marketstore, dataset)
 def test_many_columns_have_room_for_their_nulls(marketstore, dataset):
     more = tuple(Column(f"c{number}", ColumnType.I32) for number in range(150))
     schema = Schema((*BARS.columns[:2], *more), BARS.key, "ts", "symbol", Period.MONTH)
-    values = {f"c{number}": [number if number % 7 else None, None] for number in range(150)}
+    values = {f"c{number}": [number if number % 5 else None, None] for number in range(150)}
     key = bars(("A",), rows=2).select("symbol", "ts")
     frame = stamped(key.with_columns(pl.Series(name, each, pl.Int32()) for name, each in values.items()))
     store = opened(marketstore)
