@@ -125,6 +125,10 @@ def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tupl
         day = value if column.type is ColumnType.DATE else value.dt.date()
         outside = (day < first) | (day > last)
         yield outside, f"before {first} or after {last}", "declare the column str or i64, or use another store"
+    if column.name == schema.time and able.earliest is not None:
+        # a date stands for its midnight
+        early = value <= able.earliest.date() if column.type is ColumnType.DATE else value < able.earliest
+        yield early, f"before {able.earliest:%Y-%m-%d %H:%M:%S} UTC", "use another store for these rows"
     if column.type is ColumnType.STR and not able.nul:
         nul = value.str.contains("\0", literal=True)
         yield nul, "text with a NUL character", "have the provider's data corrected, or use another store"
@@ -135,6 +139,9 @@ def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tupl
     if column.type in _LEAST and not able.least:
         least = value == _LEAST[column.type]
         yield least, "the least of its type", "map it to null in the definition, or use another store"
+    if column.type is ColumnType.STR and able.longest_text is not None and column.name != schema.subject:
+        wider = value.str.len_chars() > able.longest_text
+        yield wider, f"longer than {able.longest_text} characters", "leave the column out, or use another store"
     if column.type is ColumnType.STR and able.longest_key is not None and column.name in schema.key:
         longer = value.str.len_chars() > able.longest_key
         what = f"longer than the {able.longest_key} characters that its index takes"

@@ -179,7 +179,6 @@ def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
         )
     seconds, nanos = _instants(frame, shape)
     other = "use another store for these rows"
-    refuse(time, seconds < 1, "at or before 1970-01-01T00:00:00Z, where they would be lost", other)
     refuse(time, seconds >= _LAST_SECOND, "after 2261", other)
     if shape.ticks:
         late = nanos >= _LAST_STORED_NANOSECOND
@@ -201,11 +200,6 @@ def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
             "a daily bar on 1 January, which the engine loses",
             "make the table anew in a store whose URL has ?timeframe=1H",
         )
-    for column in shape.values:
-        if column.type is ColumnType.STR:
-            long = frame[column.name].str.len_chars() > TEXT_CHARACTERS
-            what = f"text of more than {TEXT_CHARACTERS} characters"
-            refuse(column.name, long.fill_null(False), what, "leave the column out, or use another store")
 
 
 def encode(frame: pl.DataFrame, shape: Layout, lanes: Mapping[str, tuple[int, int]]) -> Columns:

@@ -153,6 +153,16 @@ def test_a_row_that_would_be_lost_or_moved_is_refused_before_anything_is_sent(ma
     assert store.committed(dataset, "lane") == 0
 
 
+def test_text_that_has_no_room_is_refused(marketstore, dataset):
+    store = opened(marketstore)
+    store.ensure(dataset, TICKS)
+    fits, long = (ticks(1).with_columns(venue=pl.lit(text)) for text in ("ß" * 16, "ß" * 17))
+    with pytest.raises(SchemaError, match=r"'venue' of .* has 600 values .*16 characters"):
+        store.write(batch(dataset, long, schema=TICKS))
+    store.write(batch(dataset, fits, schema=TICKS))
+    assert_frame_equal(all_ticks(store, dataset), fits.sort(BY_TICK))
+
+
 def test_the_first_of_january_is_refused_from_day_buckets_and_kept_in_hours(marketstore, dataset):
     turn = [date(2023, 12, 31), date(2024, 1, 1), date(2024, 1, 2)]
     store = opened(marketstore)
