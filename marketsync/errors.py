@@ -6,6 +6,7 @@ anything of ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -84,8 +85,25 @@ class SchemaConflict(SchemaError):
     exit_code = ExitCode.CONFIGURATION
 
 
+class AdoptionRefused(SchemaError):
+    """A table that is there already cannot become a dataset's table as it is; carries every reason. Nothing changed."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+    def __init__(self, table: str, reasons: Sequence[str]):
+        self.reasons = tuple(reasons)
+        told = "\n".join(f"  - {reason}" for reason in self.reasons)
+        super().__init__(f"{table} cannot be adopted as it is, and nothing was changed:\n{told}")
+
+
 class StoreError(MarketSyncError):
     """A store could not do what it was asked: unreachable, refused, held by another process."""
+
+
+class NoTable(StoreError):
+    """There is no table in the store that could be adopted."""
+
+    exit_code = ExitCode.CONFIGURATION
 
 
 class StoreBusy(StoreError):

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from marketsync.errors import StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location, locks
+from storage import admission, adoption, classify, evolution, filters, lazyframes, location, locks
+from storage.adoption import Adoption, Wish
 from storage.files import sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -115,7 +116,7 @@ class CsvStore:
                     if (foreign := next(folder.glob("*.csv"), None)) is not None:
                         raise StoreError(
                             f"{foreign} is in the way of the CSV table of {dataset}: no table of ours lists it; "
-                            f"move {folder} elsewhere"
+                            f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
                         )
                     (folder / _NEW).mkdir(exist_ok=True)
                     state = _State(0, uuid.uuid4().hex, schema, {}, {})
@@ -273,6 +274,41 @@ class CsvStore:
 
     def close(self) -> None:
         self._held.clear()
+
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Copy CSV files into a table of ours (see `storage/adoption.py`): every value is a text that must say what its
+        column's type is."""
+        import polars as pl
+
+        from storage import adoption_copies as copies
+
+        if self._open(dataset) is not None:
+            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        place, files = copies.found(self._root, dataset, wish, ".csv")
+        with lazyframes.reading(f"what is to become the table of {dataset}", place):
+            rows = pl.concat(
+                [
+                    pl.scan_csv(file, infer_schema=False, glob=False, include_file_paths=adoption.FILE_COLUMN)
+                    for file in files
+                ],
+                how="diagonal",
+            ).with_columns(copies.stem(adoption.FILE_COLUMN))
+            return copies.copied(
+                dataset,
+                schema,
+                wish,
+                copies.files_source(str(place), rows),
+                self.capabilities,
+                lambda frames: copies.exchanged(
+                    self._root,
+                    dataset,
+                    schema,
+                    place,
+                    lambda at: CsvStore(f"csv://{at}", ""),
+                    ["/".join(location.split(dataset))],
+                    frames,
+                ),
+            )
 
     # how it is done
 

@@ -19,9 +19,10 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import StoreError
+from marketsync.errors import NoTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
-from storage import admission, evolution, lazyframes, location, locks
+from storage import admission, adoption, evolution, lazyframes, location, locks
+from storage.adoption import Adoption, Wish
 from storage.evolution import PERIOD_COLUMN
 from storage.files import sync
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
@@ -202,6 +203,46 @@ class DeltaStore:
 
     def close(self) -> None:
         self._held.clear()
+
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Copy a Delta table into one of ours (see `storage/adoption.py`): ours is cut by period, with files that have
+        our columns only, so that a change can rewrite a few of them."""
+        import polars as pl
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
+        from storage import adoption_copies as copies
+
+        table = self._open(dataset)
+        if table is not None and _MARKER in table.metadata().configuration:
+            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        place = self._folder(dataset) if wish.table is None else self._root / Path(wish.table).expanduser()
+        if not DeltaTable.is_deltatable(str(place)):
+            raise NoTable(
+                f"there is no Delta table in {place}, so there is none of {dataset} to adopt; name the one that is "
+                f"meant by --table, from {self._root}"
+            )
+        self._held.clear()
+        try:
+            with lazyframes.reading(f"what is to become the table of {dataset}", place):
+                return copies.copied(
+                    dataset,
+                    schema,
+                    wish,
+                    copies.files_source(str(place), pl.scan_delta(str(place))),
+                    self.capabilities,
+                    lambda frames: copies.exchanged(
+                        self._root,
+                        dataset,
+                        schema,
+                        place,
+                        lambda at: DeltaStore(f"delta://{at}", ""),
+                        ["/".join(location.split(dataset))],
+                        frames,
+                    ),
+                )
+        except DeltaError as error:
+            raise StoreError(f"the Delta table in {place} cannot be read: {error}") from error
 
     # how it is done
 
@@ -405,8 +446,8 @@ def _property(table: deltalake.DeltaTable, dataset: str, key: str) -> str:
     value = table.metadata().configuration.get(key)
     if value is None:
         raise StoreError(
-            f"the Delta table in {table.table_uri} was not made by MarketSync, so it has no {key}; "
-            f"move it elsewhere, and {dataset} will be made and filled"
+            f"the Delta table in {table.table_uri} was not made by MarketSync, so it has no {key}: "
+            f"{adoption.remedy(dataset)}; or move it elsewhere, and {dataset} will be made and filled"
         )
     return value
 

@@ -24,7 +24,8 @@ from urllib.parse import unquote
 
 from marketsync.errors import StoreBusy, StoreError
 from marketsync.schema import ColumnType, Schema
-from storage import admission, evolution, lazyframes, location, locks
+from storage import admission, adoption, evolution, lazyframes, location, locks
+from storage.adoption import Adoption, Wish
 from storage.files import sync, write_whole
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -94,7 +95,7 @@ class ParquetStore:
                     if (foreign := next(folder.rglob("*.parquet"), None)) is not None:
                         raise StoreError(
                             f"{foreign} is in the way of the Parquet table of {dataset}: no table of ours lists it; "
-                            f"move {folder} elsewhere"
+                            f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
                         )
                     for level in (self._ours(dataset).parent, folder, folder.parent, self._root, self._root.parent):
                         sync(level)
@@ -190,6 +191,39 @@ class ParquetStore:
 
     def close(self) -> None:
         self._held.clear()
+
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Copy Parquet files into a table of ours (see `storage/adoption.py`)."""
+        import polars as pl
+
+        from storage import adoption_copies as copies
+
+        if self._open(dataset) is not None:
+            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        place, files = copies.found(self._root, dataset, wish, ".parquet")
+        hive = {part.partition("=")[0] for file in files for part in file.relative_to(place).parts[:-1] if "=" in part}
+        rows = pl.scan_parquet(
+            files,
+            # what a folder's name says is text: 000001 would be the number 1
+            hive_schema=dict.fromkeys(sorted(hive), pl.String()) if hive else None,
+            hive_partitioning=bool(hive),
+            include_file_paths=adoption.FILE_COLUMN,
+            missing_columns="insert",
+            extra_columns="ignore",
+            glob=False,
+        ).with_columns(copies.stem(adoption.FILE_COLUMN))
+        parts = ["/".join(location.split(dataset)), f"{_OURS}/{dataset}"]
+        with lazyframes.reading(f"what is to become the table of {dataset}", place):
+            return copies.copied(
+                dataset,
+                schema,
+                wish,
+                copies.files_source(str(place), rows),
+                self.capabilities,
+                lambda frames: copies.exchanged(
+                    self._root, dataset, schema, place, lambda at: ParquetStore(f"parquet://{at}", ""), parts, frames
+                ),
+            )
 
     # how it is done
 
