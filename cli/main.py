@@ -22,6 +22,7 @@ MODULES = {
     "export": ("export",),
     "look": ("status", "report", "explain", "query"),
     "stores": ("stores", "copy"),
+    "adopt": ("adopt",),
     "control": ("pause", "resume", "cancel", "schedule"),
     "catalog": ("providers", "datasets"),
     "replica": ("replica",),

@@ -100,6 +100,12 @@ class StoreError(MarketSyncError):
     """A store could not do what it was asked: unreachable, refused, held by another process."""
 
 
+class ForeignTable(StoreError):
+    """A table that MarketSync did not make stands where a dataset's table belongs: it is to be adopted, or moved."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
 class NoTable(StoreError):
     """There is no table in the store that could be adopted."""
 

@@ -21,9 +21,9 @@ from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from marketsync.errors import ConfigurationError, QueryRefused, SchemaError, StoreError
+from marketsync.errors import ConfigurationError, ForeignTable, NoTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location, statements
+from storage import admission, adoption, classify, evolution, filters, lazyframes, location, statements
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -347,9 +347,9 @@ class ClickHouseStore:
             comment = json.loads(found["comment"][0])
             return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync; move it "
-                f"elsewhere (RENAME TABLE), and {dataset} will be made and filled"
+            raise ForeignTable(
+                f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync; "
+                f"{adoption.remedy(dataset)}; or move it elsewhere (RENAME TABLE), and {dataset} will be made and filled"
             ) from error
 
     def _table(self, dataset: str) -> tuple[str, Schema]:

@@ -25,7 +25,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from marketsync.errors import StoreBusy, StoreError
+from marketsync.errors import ForeignTable, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
 from storage import admission, adoption, classify, evolution, filters, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
@@ -113,11 +113,7 @@ class CsvStore:
             with self._locked(dataset):
                 state = self._open(dataset, locked=True)
                 if state is None:
-                    if (foreign := next(folder.glob("*.csv"), None)) is not None:
-                        raise StoreError(
-                            f"{foreign} is in the way of the CSV table of {dataset}: no table of ours lists it; "
-                            f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
-                        )
+                    self._refuse_foreign(dataset)
                     (folder / _NEW).mkdir(exist_ok=True)
                     state = _State(0, uuid.uuid4().hex, schema, {}, {})
                     write_whole(folder / _TABLE, _to_json(state))
@@ -137,7 +133,10 @@ class CsvStore:
 
     def schema(self, dataset: str) -> Schema | None:
         state = self._open(dataset)
-        return None if state is None else state.schema
+        if state is None:
+            self._refuse_foreign(dataset)
+            return None
+        return state.schema
 
     # writing
 
@@ -359,6 +358,14 @@ class CsvStore:
                         self._cut_all(dataset, current, locked=True)
             except StoreBusy:
                 pass  # it is being written
+
+    def _refuse_foreign(self, dataset: str) -> None:
+        folder = self._folder(dataset)
+        if (foreign := next(folder.glob("*.csv"), None)) is not None:
+            raise ForeignTable(
+                f"{foreign} is in the way of the CSV table of {dataset}: no table of ours lists it; "
+                f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
+            )
 
     def _table(self, dataset: str, *, locked: bool = False) -> _State:
         state = self._open(dataset, locked=locked)

@@ -19,7 +19,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import NoTable, StoreError
+from marketsync.errors import ForeignTable, NoTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
 from storage import admission, adoption, evolution, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
@@ -445,7 +445,7 @@ def _stamp(folder: Path, table: deltalake.DeltaTable) -> tuple[int, ...]:
 def _property(table: deltalake.DeltaTable, dataset: str, key: str) -> str:
     value = table.metadata().configuration.get(key)
     if value is None:
-        raise StoreError(
+        raise ForeignTable(
             f"the Delta table in {table.table_uri} was not made by MarketSync, so it has no {key}: "
             f"{adoption.remedy(dataset)}; or move it elsewhere, and {dataset} will be made and filled"
         )

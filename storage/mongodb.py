@@ -20,9 +20,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-from marketsync.errors import ConfigurationError, SchemaError, StoreError
+from marketsync.errors import ConfigurationError, ForeignTable, NoTable, SchemaError, StoreError
 from marketsync.schema import Schema
-from storage import admission, classify, documents, evolution, filters, lazyframes, location
+from storage import admission, adoption, classify, documents, evolution, filters, lazyframes, location
 from storage.documents import Document
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -350,8 +350,9 @@ class MongoStore:
             # whoever made it a moment ago may have filled it by now
             found = self._tables.find_one({"_id": identity})
         if found is None or found["dataset"] != dataset:
-            raise StoreError(
+            raise ForeignTable(
                 f"the collection {dataset} in {self.url} was not made by MarketSync, or was restored from elsewhere; "
+                f"{adoption.remedy(dataset)}; or "
                 f'rename it (db.getCollection("{dataset}").renameCollection("...")) or drop it, and {dataset} will be '
                 "made and filled"
             )

@@ -31,9 +31,18 @@ from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from marketsync.errors import ConfigurationError, MarketSyncError, QueryRefused, SchemaError, StoreBusy, StoreError
+from marketsync.errors import (
+    AdoptionRefused,
+    ConfigurationError,
+    ForeignTable,
+    MarketSyncError,
+    QueryRefused,
+    SchemaError,
+    StoreBusy,
+    StoreError,
+)
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
-from storage import admission, evolution, filters, lazyframes, location, statements
+from storage import admission, adoption, evolution, filters, lazyframes, location, statements
 from storage.mysql_rows import answer, insertions, literal, loading, named, parsed, quoted, selected, utc
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -508,9 +517,9 @@ class MySQLStore:
             comment = json.loads(found)
             marker, shape = str(comment["marketsync"]), str(comment["schema"])
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"the table {quoted(dataset)} in {self.url} was not made by MarketSync; rename it "
-                f"(RENAME TABLE ... TO ...), and {dataset} will be made and filled"
+            raise ForeignTable(
+                f"the table {quoted(dataset)} in {self.url} was not made by MarketSync; "
+                f"{adoption.remedy(dataset)}; or rename it (RENAME TABLE ... TO ...), and {dataset} will be made and filled"
             ) from error
         cursor.execute(f"SELECT text FROM {_SCHEMAS} WHERE marker = %s AND shape = %s", [marker, shape])
         text = cursor.fetchone()

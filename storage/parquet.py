@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from marketsync.errors import StoreBusy, StoreError
+from marketsync.errors import ForeignTable, StoreBusy, StoreError
 from marketsync.schema import ColumnType, Schema
 from storage import admission, adoption, evolution, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
@@ -92,11 +92,7 @@ class ParquetStore:
                     (self._ours(dataset) / _TEMPORARY).mkdir()
                     folder = self._folder(dataset)
                     folder.mkdir(parents=True, exist_ok=True)
-                    if (foreign := next(folder.rglob("*.parquet"), None)) is not None:
-                        raise StoreError(
-                            f"{foreign} is in the way of the Parquet table of {dataset}: no table of ours lists it; "
-                            f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
-                        )
+                    self._refuse_foreign(dataset)
                     for level in (self._ours(dataset).parent, folder, folder.parent, self._root, self._root.parent):
                         sync(level)
                 elif state.schema != schema:
@@ -111,7 +107,10 @@ class ParquetStore:
 
     def schema(self, dataset: str) -> Schema | None:
         state = self._open(dataset)
-        return None if state is None else state.schema
+        if state is None:
+            self._refuse_foreign(dataset)
+            return None
+        return state.schema
 
     # writing
 
@@ -276,6 +275,14 @@ class ParquetStore:
             )
         self._held[dataset] = held
         return state
+
+    def _refuse_foreign(self, dataset: str) -> None:
+        folder = self._folder(dataset)
+        if (foreign := next(folder.rglob("*.parquet"), None)) is not None:
+            raise ForeignTable(
+                f"{foreign} is in the way of the Parquet table of {dataset}: no table of ours lists it; "
+                f"{adoption.remedy(dataset)}; or move {folder} elsewhere"
+            )
 
     def _table(self, dataset: str, *, locked: bool = False) -> _State:
         state = self._open(dataset, locked=locked)

@@ -13,14 +13,15 @@ import re
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
-from marketsync.errors import ConfigurationError, QueryRefused, SchemaError, StoreError
+from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
-from storage import admission, evolution, filters, lazyframes, location, statements
+from storage import admission, adoption, evolution, filters, lazyframes, location, statements
+from storage.adoption import Adoption, Wish
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -257,6 +258,39 @@ class PostgresStore:
             raise
         return pl.concat(found) if found else pl.DataFrame()
 
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Make a table that is there ours in place, in one transaction (see `storage/adoption.py`)."""
+        import psycopg
+
+        from storage.postgres_adoption import Taker, counted
+
+        evolution.check(dataset, schema)
+        self._refuse_long_names(dataset, schema)
+        with self._transaction(f"adopting the table of {dataset}") as cursor:
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
+            with suppress(ForeignTable):
+                if (found := self._described(cursor, dataset)) is not None:
+                    evolution.added(dataset, found[1], schema)
+                    counts = counted(cursor, _table_name(dataset), schema, wish, {n: _quoted(n) for n in schema.names})
+                    return Adoption(_table_name(dataset), found[0], counts, already=True)
+            taker = Taker(cursor, dataset, schema, wish, _TYPES, _SYSTEM)
+            taker.find()
+            if not wish.dry:
+                cursor.execute(f"LOCK TABLE {taker.table} IN ACCESS EXCLUSIVE MODE")
+            try:
+                taker.look()
+                counts = taker.counts()
+                marker = None if wish.dry else uuid.uuid4().hex
+                done = taker.statements()
+                if marker is not None:
+                    self._make_room(cursor, dataset)
+                    for statement in done:
+                        cursor.execute(statement)
+                    self._describe(cursor, dataset, schema, marker)
+            except psycopg.DataError as error:
+                raise AdoptionRefused(taker.table, [" ".join(str(error).split())]) from error
+            return Adoption(taker.table, marker, counts, done, taker.notes(), taker.names.extra)
+
     def maintain(self, dataset: str) -> str:
         with self._lock, self._told(f"vacuuming {dataset}"):
             with self._transaction(f"vacuuming {dataset}") as cursor:
@@ -345,9 +379,9 @@ class PostgresStore:
             comment = json.loads(found[0])
             return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"the table {_table_name(dataset)} in {self.url} was not made by MarketSync; rename it "
-                f"(ALTER TABLE ... RENAME TO ...), and {dataset} will be made and filled"
+            raise ForeignTable(
+                f"the table {_table_name(dataset)} in {self.url} was not made by MarketSync; "
+                f"{adoption.remedy(dataset)}; or rename it (ALTER TABLE ... RENAME TO ...), and {dataset} will be made and filled"
             ) from error
 
     def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:
@@ -365,7 +399,6 @@ class PostgresStore:
                 )
 
     def _create(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
-        provider, _ = location.split(dataset)
         must = evolution.required(schema)
         columns = [_column(column, column.name in must) for column in schema.columns]
         columns += [f"{_quoted(name)} {type_} NOT NULL" for name, type_ in _SYSTEM.items()]
@@ -373,14 +406,19 @@ class PostgresStore:
         cut = ""
         if self._partition != "none" and schema.time is not None and schema.time in schema.key:
             cut = f"PARTITION BY RANGE ({_quoted(schema.time)})"
+        self._make_room(cursor, dataset)
+        cursor.execute(f"CREATE TABLE {_table_name(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {cut}")
+        self._describe(cursor, dataset, schema, marker)
+
+    def _make_room(self, cursor: Cursor, dataset: str) -> None:
+        """Make the schema that tables of the provider are in, and the table of what was delivered."""
+        provider, _ = location.split(dataset)
         cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{provider}"])
         cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {_quoted(provider)}")
         cursor.execute(
             f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} "
             '(marker text NOT NULL, lane text COLLATE "C" NOT NULL, seq bigint NOT NULL, PRIMARY KEY (marker, lane))'
         )
-        cursor.execute(f"CREATE TABLE {_table_name(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {cut}")
-        self._describe(cursor, dataset, schema, marker)
 
     def _describe(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
         comment = f'{{"marketsync": {json.dumps(marker)}, "schema": {evolution.to_text(schema)}}}'

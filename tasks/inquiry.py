@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.coverage import Answer, Covered, Interval, minus, within
 from marketsync.document import closest, dotted, read_document
-from marketsync.errors import ConfigurationError, Problem, SchemaError, StoreError
+from marketsync.errors import ConfigurationError, ForeignTable, Problem, SchemaError, StoreError
 from marketsync.ledger import Desired, RunRow, WorkState, owner_is_dead
 from marketsync.planning import EVERYTHING, Unit, day_start, instant
 from storage.lazyframes import reading
@@ -178,6 +178,8 @@ def conflicts(workspace: Workspace, plan: str) -> list[tuple[str, str, str]]:
                 told = "key" if ": key was" in str(error) else "schema"
                 place = workspace.loaded.place(upstream, ("datasets", short, told))
                 found.append((name, store_id, f"{error} (the definition: {place})"))
+            except ForeignTable as error:
+                found.append((name, store_id, str(error)))
             except StoreError:
                 continue
     return found

@@ -464,7 +464,7 @@ def _read(
     else:
         subject = pl.col(schema.subject) if by_subject and schema.subject else pl.lit(EVERYTHING)
         pairs, counted = pl.collect_all(
-            [_pairs(rows, subject.alias("subject"), time or "", timing, spec.frequency, dated), figures],
+            [rows_by_day(rows, subject.alias("subject"), time or "", timing, spec.frequency, dated), figures],
             engine="streaming",
         )
         broken = counted.row(0, named=True)
@@ -538,26 +538,36 @@ def _bound(day: date, dated: bool) -> date | datetime:
     return day if dated else midnight(day)
 
 
-def _pairs(
-    rows: pl.LazyFrame, subject: pl.Expr, time: str, timing: Timing, frequency: str, dated: bool
+def rows_by_day(
+    rows: pl.LazyFrame,
+    subject: pl.Expr,
+    time: str,
+    timing: Timing,
+    frequency: str,
+    dated: bool,
+    count: pl.Expr | None = None,
 ) -> pl.LazyFrame:
-    """Return subject, day, n: how many rows a subject has on each day, as sessions count days (see `timing.py`)."""
+    """Return subject, day, n: how many rows a subject has on each day, as sessions count days (see `timing.py`).
+
+    `count` says how many rows a row stands for, where they were counted before (None: one).
+    """
     import polars as pl
 
     calendar = timing.calendar
     assert calendar is not None
+    count = pl.len() if count is None else count
     if dated:
-        return rows.group_by(subject, pl.col(time).alias("day")).agg(pl.len().alias("n"))
+        return rows.group_by(subject, pl.col(time).alias("day")).agg(count.alias("n"))
     instant = pl.col(time).dt.cast_time_unit("us")
     if frequency == "session":
         local = instant.dt.convert_time_zone(calendar.zone).dt.date()
         at_midnight = instant.dt.time() == datetime.min.time()
         day = pl.when(at_midnight).then(instant.dt.date()).otherwise(local)
-        return rows.group_by(subject, day.alias("day")).agg(pl.len().alias("n"))
+        return rows.group_by(subject, day.alias("day")).agg(count.alias("n"))
     # Bars are counted by quarters of an hour first (zones differ by no less), so that few instants are converted.
     crossing = _crosses_midnight(timing)
     bucket = instant.dt.truncate("1m" if crossing else "15m").alias("instant")
-    counted = rows.group_by(subject, bucket).agg(pl.len().alias("n"))
+    counted = rows.group_by(subject, bucket).agg(count.alias("n"))
     day = pl.col("instant").dt.convert_time_zone(calendar.zone).dt.date()
     if crossing:
         sessions = pl.LazyFrame(

@@ -256,6 +256,7 @@ class Scope:
     run_id: str
     run_started: datetime
     options: Options = field(default_factory=Options)
+    assumed: Mapping[str, Sequence[Covered]] = field(default_factory=dict)  # coverage that is only thought of
 
     def __post_init__(self) -> None:
         self.upstream_name, _, self.dataset_name = self.dataset.partition(".")
@@ -415,7 +416,7 @@ class Scope:
         together: dict[str, list[Covered]] = {}
         names = None if len(self.subjects) > 2000 else [subject.name for subject in self.subjects]
         known = self.ledger.coverage(self.store_ids, self.dataset, self.request_hash, names)
-        for of_subject in (*known.values(), self.ledger.spooled(self.dataset, self.request_hash)):
+        for of_subject in (*known.values(), self.ledger.spooled(self.dataset, self.request_hash), self.assumed):
             for subject, pieces in of_subject.items():
                 together.setdefault(subject, []).extend(pieces)
         return together
