@@ -145,13 +145,19 @@ def has_twins(schema: Schema, keys: int, rows: int, example: Sequence[object]) -
     return f"{what} there more than once ({rows:,} rows; the first: {one}): delete all but one row of each"
 
 
-def sentences(names: Names, schema: Schema) -> list[str]:
-    """Return what is worth knowing of the columns."""
+STAYS = "which stay as they are, and which nothing of ours reads or writes"
+LEFT = "which stay in the original only"
+
+
+def sentences(names: Names, extra: str) -> list[str]:
+    """Return what is worth knowing of the columns; `extra` says what becomes of those that only they have."""
     found = []
     if names.absent:
         found.append(
             f"not in the table, so without a value in its rows: {', '.join(column.name for column in names.absent)}"
         )
+    if names.extra:
+        found.append(f"columns of yours, {extra}: {', '.join(names.extra)}")
     return found
 
 

@@ -62,9 +62,7 @@ def copied(
     adoption.refuse(source.table, reasons)
     counts = conversion.counted()
     rows = int(counts["n"].sum())
-    notes = [*adoption.sentences(names, schema), *conversion.notes]
-    if names.extra:
-        notes.append(f"columns of yours, which stay in the original only: {', '.join(names.extra)}")
+    notes = [*adoption.sentences(names, adoption.LEFT), *conversion.notes]
     done = [f"{rows:,} rows are copied into a table of ours; the original is kept"]
     if wish.dry:
         _admissible(dataset, schema, conversion, looked(), capabilities, source.table)

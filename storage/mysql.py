@@ -43,6 +43,7 @@ from marketsync.errors import (
 )
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
 from storage import admission, adoption, evolution, filters, lazyframes, location, statements
+from storage.adoption import Adoption, Wish
 from storage.mysql_rows import answer, insertions, literal, loading, named, parsed, quoted, selected, utc
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -86,6 +87,8 @@ _STEP_SECONDS = 0.05  # the longest pause before the first repetition; each next
 _AGAIN = (1213, 1205, 1020, 1412)
 _LOST = (0, 2006, 2013, 2014, 2055, 4031)
 _DUPLICATE = 1062
+# values that an ALTER would not keep: duplicates, wrong, too long or too large
+_NOT_KEPT = (_DUPLICATE, 1138, 1264, 1265, 1292, 1366, 1406)
 # what fails for reasons that are not in the text of a query: connections, rights to enter, memory, disks, locks, time
 _NOT_THE_QUERY = {*_AGAIN, *_LOST, 1021, 1037, 1038, 1040, 1041, 1043, 1044, 1045, 1053, 1129, 1130, 1158, 1159, 1160}
 _NOT_THE_QUERY |= {1161, 1203, 1226, 1317, 1969, 2002, 2003, 2005, 2026, 3024}
@@ -330,6 +333,59 @@ class MySQLStore:
             raise
         return pl.concat(found, how="vertical_relaxed")
 
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Make a table that is there ours in place, in one ALTER (see `storage/adoption.py`)."""
+        from storage import mysql_adoption as taking
+        from storage.adoption_sql import counted
+
+        evolution.check(dataset, schema)
+        _refuse_names(dataset, schema)
+
+        def act(cursor: Cursor) -> Adoption:
+            with suppress(ForeignTable):
+                if (found := self._described(cursor, dataset)) is not None:
+                    evolution.added(dataset, found[1], schema)
+                    table = quoted(dataset)
+                    ask = taking.dialect(cursor, None, table)
+                    counts = counted(ask, table, schema, wish, {name: quoted(name) for name in schema.names})
+                    return Adoption(table, found[0], counts, already=True)
+            name = taking.found(cursor, dataset, wish)
+            look = taking.look(cursor, name, schema, wish, self._collation, longest_key(dataset, schema))
+            look.refuse()
+            counts = look.counts()
+            marker = uuid.uuid4().hex
+            comment = "COMMENT='...'" if wish.dry else ""
+            if not wish.dry:
+                self._make_room(cursor, dataset)
+                comment = f"COMMENT={self._comment(cursor, dataset, schema, marker)}"
+            done = taking.statements(
+                look,
+                name,
+                dataset,
+                lambda column, required: self._column(schema, column, required),
+                self._system(),
+                f"ENGINE=InnoDB, ROW_FORMAT=DYNAMIC, {comment}",
+            )
+            for statement in () if wish.dry else done:
+                try:
+                    cursor.execute(statement, None)
+                except pymysql.MySQLError as error:
+                    if _code(error) not in _NOT_KEPT:
+                        raise
+                    raise AdoptionRefused(look.table, [str(error.args[-1])]) from error
+            notes = look.notes(adoption.STAYS)
+            return Adoption(look.table, None if wish.dry else marker, counts, done, notes, look.names.extra)
+
+        import pymysql
+
+        def alone(cursor: Cursor) -> Adoption:
+            if wish.dry:
+                return act(cursor)
+            with self._alone(cursor):
+                return act(cursor)
+
+        return self._done(f"adopting the table of {dataset}", alone)
+
     def maintain(self, dataset: str) -> str:
         def act(cursor: Cursor) -> str:
             self._table(cursor, dataset)
@@ -537,6 +593,20 @@ class MySQLStore:
         return found
 
     def _create(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
+        self._make_room(cursor, dataset)
+        comment = self._comment(cursor, dataset, schema, marker)
+        must = evolution.required(schema)
+        columns = [self._column(schema, column, column.name in must) for column in schema.columns]
+        columns += self._system()
+        key = ", ".join(map(quoted, schema.key))
+        cursor.execute(
+            f"CREATE TABLE {quoted(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {self._made()} "
+            f"COMMENT={comment}",
+            None,
+        )
+
+    def _make_room(self, cursor: Cursor, dataset: str) -> None:
+        """Make the tables of what was delivered and of schemas, without what is left of a table that is gone."""
         made = self._made()
         cursor.execute(
             f"CREATE TABLE IF NOT EXISTS {_COMMITS} (marker CHAR(32) NOT NULL, lane VARCHAR(255) NOT NULL, "
@@ -555,15 +625,6 @@ class MySQLStore:
                 f"(SELECT marker FROM {_SCHEMAS} WHERE dataset = {literal(dataset)}) gone)",
                 None,
             )
-        comment = self._comment(cursor, dataset, schema, marker)
-        must = evolution.required(schema)
-        columns = [self._column(schema, column, column.name in must) for column in schema.columns]
-        columns += self._system()
-        key = ", ".join(map(quoted, schema.key))
-        cursor.execute(
-            f"CREATE TABLE {quoted(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {made} COMMENT={comment}",
-            None,
-        )
 
     def _evolve(self, cursor: Cursor, dataset: str, stored: Schema, schema: Schema, marker: str) -> None:
         changes = [f"ADD COLUMN {self._column(schema, c, False)}" for c in evolution.added(dataset, stored, schema)]

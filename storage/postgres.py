@@ -262,7 +262,8 @@ class PostgresStore:
         """Make a table that is there ours in place, in one transaction (see `storage/adoption.py`)."""
         import psycopg
 
-        from storage.postgres_adoption import Taker, counted
+        from storage import postgres_adoption as taking
+        from storage.adoption_sql import counted
 
         evolution.check(dataset, schema)
         self._refuse_long_names(dataset, schema)
@@ -271,25 +272,27 @@ class PostgresStore:
             with suppress(ForeignTable):
                 if (found := self._described(cursor, dataset)) is not None:
                     evolution.added(dataset, found[1], schema)
-                    counts = counted(cursor, _table_name(dataset), schema, wish, {n: _quoted(n) for n in schema.names})
-                    return Adoption(_table_name(dataset), found[0], counts, already=True)
-            taker = Taker(cursor, dataset, schema, wish, _TYPES, _SYSTEM)
-            taker.find()
+                    table = _table_name(dataset)
+                    ask = taking.dialect(cursor, None, table)
+                    counts = counted(ask, table, schema, wish, {name: _quoted(name) for name in schema.names})
+                    return Adoption(table, found[0], counts, already=True)
+            place = taking.found(cursor, dataset, wish)
+            look = taking.look(cursor, place, schema, wish, _TYPES)
             if not wish.dry:
-                cursor.execute(f"LOCK TABLE {taker.table} IN ACCESS EXCLUSIVE MODE")
+                cursor.execute(f"LOCK TABLE {look.table} IN ACCESS EXCLUSIVE MODE")
             try:
-                taker.look()
-                counts = taker.counts()
+                look.refuse()
+                counts = look.counts()
                 marker = None if wish.dry else uuid.uuid4().hex
-                done = taker.statements()
+                done = taking.statements(look, place, dataset, _TYPES, _SYSTEM)
                 if marker is not None:
                     self._make_room(cursor, dataset)
                     for statement in done:
                         cursor.execute(statement)
                     self._describe(cursor, dataset, schema, marker)
             except psycopg.DataError as error:
-                raise AdoptionRefused(taker.table, [" ".join(str(error).split())]) from error
-            return Adoption(taker.table, marker, counts, done, taker.notes(), taker.names.extra)
+                raise AdoptionRefused(look.table, [" ".join(str(error).split())]) from error
+            return Adoption(look.table, marker, counts, done, look.notes(adoption.STAYS), look.names.extra)
 
     def maintain(self, dataset: str) -> str:
         with self._lock, self._told(f"vacuuming {dataset}"):
