@@ -86,8 +86,12 @@ class Look:
     columns: dict[str, Theirs]
     indexes: Sequence[Index]
     dialect: Dialect
+    rows: str = ""  # what to select from, where that is more than the table's name
     names: Names = field(default_factory=lambda: Names({}, (), ()))
     fits: dict[str, Fit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or self.table
 
     def refuse(self) -> None:
         """Raise `AdoptionRefused` with every reason there is."""
@@ -133,7 +137,7 @@ class Look:
 
     def counts(self) -> pl.DataFrame:
         """Return how many rows each subject has at each time, as the server counts them."""
-        return counted(self.dialect, self.table, self.schema, self.wish, {n: fit.value for n, fit in self.fits.items()})
+        return counted(self.dialect, self.rows, self.schema, self.wish, {n: fit.value for n, fit in self.fits.items()})
 
     def _lost(self) -> list[str]:
         """Ask, in one reading of the table, for values that would be lost and for nulls where none may be."""
@@ -152,11 +156,12 @@ class Look:
                     )
                 )
             if ours in must:
-                asked += [f"SUM(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)", "NULL"]
+                asked += [f"SUM(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)", "0"]
                 told.append(lambda count, _, ours=ours: adoption.has_nulls(ours, self.schema, count))
         if not asked:
             return []
-        found = self.dialect.ask(f"SELECT {', '.join(asked)} FROM {self.table}")[0]
+        named = ", ".join(f"{each} AS c{at}" for at, each in enumerate(asked))
+        found = self.dialect.ask(f"SELECT {named} FROM {self.rows}")[0]
         pairs = zip(found[::2], found[1::2], strict=True)
         return [tell(int(count), example) for tell, (count, example) in zip(told, pairs, strict=True) if count]
 
@@ -167,7 +172,7 @@ class Look:
         key = [f"{self.fits[name].value} AS k{at}" for at, name in enumerate(self.schema.key)]
         names = [f"k{at}" for at in range(len(key))]
         groups = (
-            f"SELECT {', '.join(names)}, COUNT(*) AS n FROM (SELECT {', '.join(key)} FROM {self.table}) t "
+            f"SELECT {', '.join(names)}, COUNT(*) AS n FROM (SELECT {', '.join(key)} FROM {self.rows}) t "
             f"GROUP BY {', '.join(names)} HAVING COUNT(*) > 1"
         )
         count, rows = self.dialect.ask(f"SELECT COUNT(*), SUM(n) FROM ({groups}) g")[0]
@@ -183,14 +188,16 @@ def counted(dialect: Dialect, table: str, schema: Schema, wish: Wish, values: di
 
     none = adoption.empty_counts(schema)
     subject = f"'{adoption.EVERY_SUBJECT}'" if schema.subject is None else values[schema.subject]
-    at = "NULL" if schema.time is None else values[schema.time]
-    if wish.every is not None and none.schema["at"] != pl.Date():
+    at = "0" if schema.time is None else values[schema.time]
+    if schema.time is not None and wish.every is not None and none.schema["at"] != pl.Date():
         at = dialect.bucket(at, int(wish.every.total_seconds()))
     rows = dialect.ask(
         f"SELECT s, at, COUNT(*) FROM (SELECT {subject} AS s, {at} AS at FROM {table}) t GROUP BY s, at"
     )
     subjects, times, counts = zip(*rows, strict=True) if rows else ((), (), ())
     found = pl.DataFrame({"subject": subjects, "at": times, "n": counts}, strict=False)
-    if found["at"].dtype == pl.Datetime("us"):  # a driver that has no zones, and gives UTC
+    if schema.time is None:
+        found = found.with_columns(pl.lit(None, pl.Date()).alias("at"))
+    elif found["at"].dtype == pl.Datetime("us"):  # a driver that has no zones, and gives UTC
         found = found.with_columns(pl.col("at").dt.replace_time_zone("UTC"))
     return found.cast(dict(none.schema))  # pyright: ignore[reportArgumentType]

@@ -16,14 +16,17 @@ import re
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from marketsync.errors import ConfigurationError, ForeignTable, NoTable, QueryRefused, SchemaError, StoreError
+from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
 from storage import admission, adoption, classify, evolution, filters, lazyframes, location, statements
+from storage.adoption import Adoption, Wish
+from storage.clickhouse_adoption import literal as _literal
+from storage.clickhouse_adoption import quoted as _quoted
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -315,6 +318,53 @@ class ClickHouseStore:
                 raise QueryRefused(f"{error}. Tables here: {', '.join(self.datasets()) or 'none'}") from error
             raise
 
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Have the server copy a table that is there into one of ours (see `storage/adoption.py`), which then takes its
+        name in one step."""
+        from storage import clickhouse_adoption as taking
+        from storage.adoption_sql import counted
+
+        evolution.check(dataset, schema)
+        self._refuse_own_names(dataset, schema)
+        with self._engine.guard, suppress(ForeignTable):
+            if (found := self._described(dataset)) is not None:
+                evolution.added(dataset, found[1], schema)
+                table, names = _table_name(dataset), {name: _quoted(name) for name in schema.names}
+                counts = counted(taking.dialect(self._frame), f"{table} FINAL", schema, wish, names)
+                return Adoption(table, found[0], counts, already=True)
+        with self._engine.guard:
+            place = taking.found(self._frame, dataset, wish)
+            look = taking.look(self._frame, place, schema, wish)
+            look.refuse()
+            counts, notes = look.counts(), look.notes(adoption.LEFT)
+            rows = int(counts["n"].sum())
+            done = [f"{rows:,} rows are copied into a table of ours by the server; the original is kept"]
+            if wish.dry:
+                return Adoption(look.table, None, counts, done, notes, look.names.extra)
+            marker, kept = uuid.uuid4().hex, look.table
+            new = f"{dataset}__adopting"
+            self._command(f"DROP TABLE IF EXISTS {_table_name(new)} SYNC")
+            self._create(new, schema, marker)
+            columns = [*look.fits, *SYSTEM_COLUMNS, _VERSION]
+            at = f"toDateTime64('{wish.at:%Y-%m-%d %H:%M:%S.%f}', 6, 'UTC')"
+            values = [*(fit.value for fit in look.fits.values()), _literal(wish.segment), at]
+            values.append(str(self._engine.microseconds()))
+            self._command(
+                f"INSERT INTO {_table_name(new)} ({', '.join(map(_quoted, columns))}) "
+                f"SELECT {', '.join(values)} FROM {place.rows}"
+            )
+            if (copied := self.count(new)) != rows:
+                self._command(f"DROP TABLE {_table_name(new)} SYNC")
+                raise AdoptionRefused(
+                    look.table, [f"it had {rows:,} rows and then {copied:,}: somebody writes into it; let that end"]
+                )
+            renamed = f"{_table_name(new)} TO {_table_name(dataset)}"
+            if look.table == _table_name(dataset):
+                kept = _table_name(f"{dataset}_before_{wish.at:%Y%m%d_%H%M%S}")
+                renamed = f"{look.table} TO {kept}, {renamed}"
+            self._command(f"RENAME TABLE {renamed}")
+            return Adoption(look.table, marker, counts, done, notes, look.names.extra, kept)
+
     def maintain(self, dataset: str) -> str:
         with self._engine.guard:
             self._table(dataset)
@@ -567,16 +617,6 @@ def _table_name(dataset: str) -> str:
 def _named(dataset: str, column: str = "table") -> str:
     provider, name = location.split(dataset)
     return f"database = {_literal(provider)} AND {column} = {_literal(name)}"
-
-
-def _quoted(name: str | None) -> str:
-    escaped = (name or "").replace("\\", "\\\\").replace("`", "\\`")
-    return f"`{escaped}`"
-
-
-def _literal(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\0", "\\0")
-    return f"'{escaped}'"
 
 
 def _among(expression: str, values: Sequence[str]) -> str:
