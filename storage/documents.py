@@ -293,3 +293,34 @@ def _all(conditions: Iterable[Document]) -> Document:
     if len(given) < 2:
         return given[0] if given else {}
     return {"$and": given}
+
+
+def foreign(documents: Sequence[Document], names: Sequence[str]) -> pl.DataFrame:
+    """Return fields of documents that somebody else made, each column with the type that its values have; what has no
+    type of a column, or several that are not all numbers, is bytes, which nothing is made of."""
+    import polars as pl
+
+    return pl.DataFrame([_foreign(name, [document.get(name) for document in documents]) for name in names])
+
+
+def _foreign(name: str, values: list[Any]) -> pl.Series:
+    import polars as pl
+    from bson import Decimal128
+
+    kinds = {type(value) for value in values if value is not None}
+    if not kinds:
+        return pl.Series(name, values, pl.Null)
+    if kinds == {bool}:
+        return pl.Series(name, values, pl.Boolean)
+    if kinds == {datetime}:
+        return pl.Series(name, values, pl.Datetime("ms")).dt.replace_time_zone("UTC")  # as BSON has every date
+    if kinds == {str}:
+        return pl.Series(name, values, pl.String)
+    if bool not in kinds and all(issubclass(kind, int | float | Decimal128) for kind in kinds):
+        if all(issubclass(kind, int) for kind in kinds):
+            return pl.Series(name, values, pl.Int64)
+        if all(issubclass(kind, float) for kind in kinds):
+            return pl.Series(name, values, pl.Float64)
+        # numbers of several types are told apart by none of them: as texts each is still what it was
+        return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
+    return pl.Series(name, [None if value is None else repr(value).encode() for value in values], pl.Binary)

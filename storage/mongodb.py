@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-from marketsync.errors import ConfigurationError, ForeignTable, NoTable, SchemaError, StoreError
+from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, NoTable, SchemaError, StoreError
 from marketsync.schema import Schema
 from storage import admission, adoption, classify, documents, evolution, filters, lazyframes, location
+from storage.adoption import Adoption, Wish
 from storage.documents import Document
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -252,6 +254,65 @@ class MongoStore:
     def query(self, sql: str) -> pl.DataFrame:
         return lazyframes.query(sql, self.datasets(), self.scan)
 
+    def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
+        """Copy a collection into one of ours (see `storage/adoption.py`), since its documents have another `_id`."""
+        from storage import adoption_copies as copies
+
+        documents.check(dataset, schema)
+        with self._told(f"adopting the collection of {dataset}"):
+            own = self._listed(dataset)
+            with suppress(ForeignTable):
+                if self._described(dataset) is not None:
+                    return copies.already(self, dataset, schema, wish, dataset)
+            name = wish.table or dataset
+            listed = self._listed(name)
+            if listed is None or self._collection(name).find_one({}, {"_id": 1}) is None:
+                raise NoTable(
+                    f"there is no collection {name} with documents, so there is none of {dataset} to adopt; name the "
+                    "one that is meant by --table"
+                )
+            if name != dataset and own is not None:
+                raise AdoptionRefused(name, [f"there is a collection {dataset} already, which has the name it must get"])
+
+            def frames(names: Sequence[str]) -> Iterator[pl.DataFrame]:
+                for part in self._found(name, [{}], dict.fromkeys(names, 1) | {"_id": 1}):
+                    yield documents.foreign(part, names)
+
+            fields = self._collection(name).aggregate(
+                [
+                    {"$project": {"field": {"$objectToArray": "$$ROOT"}}},
+                    {"$unwind": "$field"},
+                    {"$group": {"_id": "$field.k"}},
+                ]
+            )
+            named = sorted(each["_id"] for each in fields if each["_id"] != "_id")
+            put = partial(self._exchanged, dataset, schema, wish, name)
+            source = copies.Source(name, named, frames)
+            return copies.copied(dataset, schema, wish, source, self.capabilities, put)
+
+    def _exchanged(
+        self, dataset: str, schema: Schema, wish: Wish, name: str, frames: Iterable[pl.DataFrame]
+    ) -> tuple[str, str]:
+        """Put the rows into a collection of their own, and give it the name of the dataset's; return its marker and
+        what the original is called."""
+        new = self._collection(f"{dataset}__adopting")
+        new.drop()
+        for frame in frames:
+            for part in admission.admit(dataset, frame, schema, self.capabilities).iter_slices(_ROWS_AT_ONCE):
+                new.insert_many(documents.to_documents(part, schema), ordered=False)
+        self._index(new, schema)
+        kept = name
+        if name == dataset:
+            kept = f"{dataset}_before_{wish.at:%Y%m%d_%H%M%S}"
+            self._collection(name).rename(kept)
+        new.rename(dataset)
+        listed = self._listed(dataset)
+        assert listed is not None
+        marker = uuid.uuid4().hex
+        known = {"dataset": dataset, "marker": marker, "schema": evolution.to_text(schema)}
+        self._tables.update_one({"_id": listed["info"]["uuid"]}, {"$set": known}, upsert=True)
+        return marker, kept
+
     def maintain(self, dataset: str) -> str:
         with self._told(f"looking after {dataset}"):
             self._table(dataset)
@@ -383,10 +444,7 @@ class MongoStore:
             except (CollectionInvalid, OperationFailure) as error:
                 if isinstance(error, OperationFailure) and error.code != 48:  # it is there
                     raise
-            order = documents.identity(schema)
-            if not {schema.subject, schema.time} - {None} <= set(order):
-                keys = [(name, 1) for name in (schema.subject, schema.time) if name is not None]
-                self._collection(dataset).create_index(keys)
+            self._index(self._collection(dataset), schema)
             listed = self._listed(dataset)
             if listed is None:
                 continue  # dropped again
@@ -398,6 +456,11 @@ class MongoStore:
                 continue
             if (table := self._described(dataset)) is not None:
                 return table
+
+    def _index(self, collection: Collection[Document], schema: Schema) -> None:
+        """Make the index that finds rows by subject and time, where the `_id` does not."""
+        if not {schema.subject, schema.time} - {None} <= set(documents.identity(schema)):
+            collection.create_index([(name, 1) for name in (schema.subject, schema.time) if name is not None])
 
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
