@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +126,18 @@ def _none(root: Path, dataset: str, places: Sequence[Path], what: str) -> str:
         f"there is {what} in {' or '.join(map(str, places))}, so there is no table of {dataset} to adopt; name the one "
         f"that is meant by --table, from {root}{told}"
     )
+
+
+@contextmanager
+def reading(place: Path, *others: type[Exception]) -> Iterator[None]:
+    """Turn what is said of files that cannot be read into a refusal: they are the user's, and stay as they are."""
+    import polars as pl
+
+    try:
+        yield
+    except (pl.exceptions.PolarsError, *others) as error:
+        why = " ".join(str(error).split("Resolved plan until failure")[0].split())
+        raise AdoptionRefused(str(place), [f"it cannot be read: {why}"]) from error
 
 
 def files_source(table: str, rows: pl.LazyFrame) -> Source:

@@ -284,7 +284,7 @@ class CsvStore:
         if self._open(dataset) is not None:
             return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".csv")
-        with lazyframes.reading(f"what is to become the table of {dataset}", place):
+        with copies.reading(place):
             rows = pl.concat(
                 [
                     pl.scan_csv(file, infer_schema=False, glob=False, include_file_paths=adoption.FILE_COLUMN)

@@ -213,9 +213,9 @@ class DeltaStore:
 
         from storage import adoption_copies as copies
 
-        table = self._open(dataset)
-        if table is not None and _MARKER in table.metadata().configuration:
-            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        with suppress(ForeignTable):
+            if self.marker(dataset) is not None:
+                return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place = self._folder(dataset) if wish.table is None else self._root / Path(wish.table).expanduser()
         if not DeltaTable.is_deltatable(str(place)):
             raise NoTable(
@@ -223,26 +223,23 @@ class DeltaStore:
                 f"meant by --table, from {self._root}"
             )
         self._held.clear()
-        try:
-            with lazyframes.reading(f"what is to become the table of {dataset}", place):
-                return copies.copied(
+        with copies.reading(place, DeltaError):
+            return copies.copied(
+                dataset,
+                schema,
+                wish,
+                copies.files_source(str(place), pl.scan_delta(str(place))),
+                self.capabilities,
+                lambda frames: copies.exchanged(
+                    self._root,
                     dataset,
                     schema,
-                    wish,
-                    copies.files_source(str(place), pl.scan_delta(str(place))),
-                    self.capabilities,
-                    lambda frames: copies.exchanged(
-                        self._root,
-                        dataset,
-                        schema,
-                        place,
-                        lambda at: DeltaStore(f"delta://{at}", ""),
-                        ["/".join(location.split(dataset))],
-                        frames,
-                    ),
-                )
-        except DeltaError as error:
-            raise StoreError(f"the Delta table in {place} cannot be read: {error}") from error
+                    place,
+                    lambda at: DeltaStore(f"delta://{at}", ""),
+                    ["/".join(location.split(dataset))],
+                    frames,
+                ),
+            )
 
     # how it is done
 
@@ -275,6 +272,7 @@ class DeltaStore:
             raise StoreError(f"the Delta table of {dataset} in {folder} cannot be opened: {error}") from error
         protocol = table.protocol()
         if protocol.min_reader_version > 1:
+            _property(table, dataset, _MARKER)
             raise StoreError(
                 f"the Delta table of {dataset} in {folder} was given features by another program that rewrite what its "
                 f"files say ({', '.join(protocol.reader_features or []) or 'column mapping'}); restore the version "

@@ -300,7 +300,15 @@ def foreign(documents: Sequence[Document], names: Sequence[str]) -> pl.DataFrame
     type of a column, or several that are not all numbers, is bytes, which nothing is made of."""
     import polars as pl
 
-    return pl.DataFrame([_foreign(name, [document.get(name) for document in documents]) for name in names])
+    columns = []
+    for name in names:
+        values = _foreign(name, [document.get(name) for document in documents])
+        fine = [document.get(name + FINE) for document in documents]
+        if isinstance(values.dtype, pl.Datetime) and any(fine):  # a collection of ours that was restored from a dump
+            counted = values.cast(pl.Datetime("ns", "UTC")).to_physical() + pl.Series(fine, dtype=pl.Int64).fill_null(0)
+            values = counted.cast(pl.Datetime("ns", "UTC")).alias(name)
+        columns.append(values)
+    return pl.DataFrame(columns)
 
 
 def _foreign(name: str, values: list[Any]) -> pl.Series:

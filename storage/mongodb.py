@@ -275,7 +275,8 @@ class MongoStore:
                 raise AdoptionRefused(name, [f"there is a collection {dataset} already, which has the name it must get"])
 
             def frames(names: Sequence[str]) -> Iterator[pl.DataFrame]:
-                for part in self._found(name, [{}], dict.fromkeys(names, 1) | {"_id": 1}):
+                fine = [each + documents.FINE for each in names]
+                for part in self._found(name, [{}], dict.fromkeys([*names, *fine, "_id"], 1)):
                     yield documents.foreign(part, names)
 
             fields = self._collection(name).aggregate(
@@ -285,7 +286,8 @@ class MongoStore:
                     {"$group": {"_id": "$field.k"}},
                 ]
             )
-            named = sorted(each["_id"] for each in fields if each["_id"] != "_id")
+            every = {each["_id"] for each in fields} - {"_id"}
+            named = sorted(each for each in every if each.removesuffix(documents.FINE) not in every - {each})
             put = partial(self._exchanged, dataset, schema, wish, name)
             source = copies.Source(name, named, frames)
             return copies.copied(dataset, schema, wish, source, self.capabilities, put)

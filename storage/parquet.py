@@ -201,18 +201,17 @@ class ParquetStore:
             return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".parquet")
         hive = {part.partition("=")[0] for file in files for part in file.relative_to(place).parts[:-1] if "=" in part}
-        rows = pl.scan_parquet(
-            files,
-            # what a folder's name says is text: 000001 would be the number 1
-            hive_schema=dict.fromkeys(sorted(hive), pl.String()) if hive else None,
-            hive_partitioning=bool(hive),
-            include_file_paths=adoption.FILE_COLUMN,
-            missing_columns="insert",
-            extra_columns="ignore",
-            glob=False,
-        ).with_columns(copies.stem(adoption.FILE_COLUMN))
         parts = ["/".join(location.split(dataset)), f"{_OURS}/{dataset}"]
-        with lazyframes.reading(f"what is to become the table of {dataset}", place):
+        with copies.reading(place):
+            rows = pl.scan_parquet(
+                files,
+                # what a folder's name says is text: 000001 would be the number 1
+                hive_schema=dict.fromkeys(sorted(hive), pl.String()) if hive else None,
+                hive_partitioning=bool(hive),
+                include_file_paths=adoption.FILE_COLUMN,
+                missing_columns="insert",
+                glob=False,
+            ).with_columns(copies.stem(adoption.FILE_COLUMN))
             return copies.copied(
                 dataset,
                 schema,

@@ -1,0 +1,317 @@
+"""A table that the user made by hand, with other columns, order and types, becomes a dataset's in every engine that can
+adopt one: each value is what it was, and whatever is done to a table of ours can be done to it. What would lose a value
+is refused with its reason, and then nothing is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+
+import made_by_hand
+import polars as pl
+import pytest
+from conftest import Place
+from stored_frames import BARS, bars, batch, differences, stamped
+
+from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError
+from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.adoption import Wish
+from storage.protocol import Filter, Mode
+
+SHAPE = Schema(
+    (
+        Column("symbol", ColumnType.STR, nullable=False),
+        Column("ts", ColumnType.DATETIME, nullable=False),
+        Column("open", ColumnType.F64),
+        Column("close", ColumnType.F64),
+        Column("volume", ColumnType.I64),
+        Column("day", ColumnType.DATE),
+        Column("venue", ColumnType.STR),
+        Column("later", ColumnType.F64, description="of which the user has nothing"),
+    ),
+    key=("symbol", "ts"),
+    time="ts",
+    subject="symbol",
+    period=Period.MONTH,
+)
+THEIRS = {
+    "note": "text",
+    "volume": "int",
+    "day": "date",
+    "close": "single",
+    "venue": "text",
+    "ts": "naive",
+    "symbol": "text",
+    "open": "double",
+}
+FIRST = datetime(2024, 1, 30, 14, 30)  # noqa: DTZ001 - as the user has them
+WISH = Wish("adopted:2026-11-21", datetime(2026, 11, 21, 12, tzinfo=UTC), zone="UTC")
+
+
+def rows(hours: int = 60) -> list[tuple]:
+    return [
+        (
+            f"checked {hour}",
+            None if hour % 7 == 3 else hour * 1000,
+            date(2024, 1, 30) + timedelta(days=hour),
+            hour / 4,  # exact in 24 bits
+            None if hour % 5 == 1 else "XNYS",
+            FIRST + timedelta(hours=hour),
+            symbol,
+            hour / 10,
+        )
+        for hour in range(hours)
+        for symbol in ("000001", "BRK.B")
+    ]
+
+
+def expected(given: list[tuple]) -> pl.DataFrame:
+    frame = pl.DataFrame(
+        given,
+        schema={name: made_by_hand.POLARS[type_] for name, type_ in THEIRS.items()},
+        orient="row",
+    )
+    types = SHAPE.polars()
+    return frame.select(
+        pl.lit(None, types[name]).alias(name)
+        if name not in frame.columns
+        else pl.col(name).dt.replace_time_zone("UTC").cast(types[name])
+        if name == "ts"
+        else pl.col(name).cast(types[name])
+        for name in SHAPE.names
+    )
+
+
+@pytest.fixture
+def adopting(place: Place):
+    """The place, where its engine can adopt a table."""
+    store = place.open()
+    able = hasattr(store, "adopt")
+    store.close()
+    if not able:
+        pytest.skip(f"{place.scheme} adopts no tables")
+    return place
+
+
+def test_a_table_made_by_hand_is_taken_over_and_written_to_like_any_other(adopting, dataset):
+    given = rows()
+    made_by_hand.make(adopting, dataset, THEIRS, given)
+    store = adopting.open()
+    with pytest.raises(ForeignTable, match=f"`marketsync adopt {dataset}` takes it over"):
+        store.ensure(dataset, SHAPE)
+    with pytest.raises(ForeignTable, match=f"`marketsync adopt {dataset}` takes it over"):
+        store.schema(dataset)
+
+    dry = store.adopt(dataset, SHAPE, replace(WISH, dry=True))
+    assert (dry.rows, dry.marker) == (len(given), None)
+    with pytest.raises(ForeignTable):
+        store.ensure(dataset, SHAPE)
+    adopted = store.adopt(dataset, SHAPE, WISH)
+    assert adopted.counts.sort("subject", "at").equals(dry.counts.sort("subject", "at"))
+    assert adopted.counts.group_by("subject").agg(pl.col("n").sum()).sort("subject").rows() == [
+        ("000001", 60),
+        ("BRK.B", 60),
+    ]
+    assert list(adopted.extra) == ["note"]
+    assert store.ensure(dataset, SHAPE) == adopted.marker == store.marker(dataset)
+    assert dataset in store.datasets()
+
+    want = expected(given)
+    assert differences(store.scan(dataset).collect(), want, SHAPE.key) == []
+    system = store.scan(dataset, Filter(system=True)).select("_segment", "_ingested_at").unique().collect()
+    assert system.rows() == [(WISH.segment, WISH.at)]
+    assert store.watermarks(dataset)["000001"] == FIRST.replace(tzinfo=UTC) + timedelta(hours=59)
+
+    # equal rows stay, one is changed, some are new
+    changed = want.with_columns(
+        close=pl.when((pl.col("symbol") == "BRK.B") & (pl.col("ts") == want["ts"][0])).then(99.5).otherwise("close")
+    )
+    new = expected(rows(70)).filter(pl.col("ts") > want["ts"].max()).with_columns(later=pl.lit(1.5))
+    batch_of = stamped(pl.concat([changed, new]), "fetched")
+    written = store.write(batch(dataset, batch_of, schema=SHAPE, mode=Mode.UPSERT))
+    assert (written.inserted, written.updated, written.unchanged) == (20, 1, 119)
+    after = pl.concat([changed, new])
+    assert differences(store.scan(dataset).collect(), after, SHAPE.key) == []
+    assert store.write(batch(dataset, batch_of, schema=SHAPE)).already
+
+    span = Filter(subjects=["BRK.B"], since=FIRST.replace(tzinfo=UTC), until=FIRST.replace(tzinfo=UTC) + timedelta(hours=4))
+    two = after.filter((pl.col("symbol") == "BRK.B")).sort("ts").head(2)
+    replaced = store.replace(dataset, SHAPE, stamped(two, "repair"), span)
+    assert (replaced.deleted, replaced.unchanged) == (2, 2)
+    assert store.count(dataset, span) == 2
+    assert store.delete(dataset, Filter(subjects=["BRK.B"])) == 68
+    store.maintain(dataset)
+    assert differences(store.scan(dataset).collect(), after.filter(symbol="000001"), SHAPE.key) == []
+
+    again = store.adopt(dataset, SHAPE, WISH)
+    assert (again.already, again.marker, again.rows) == (True, adopted.marker, 70)
+    store.close()
+
+
+def test_a_second_adoption_changes_nothing(adopting, dataset):
+    made_by_hand.make(adopting, dataset, THEIRS, rows(5))
+    store = adopting.open()
+    first = store.adopt(dataset, SHAPE, WISH)
+    before = store.scan(dataset, Filter(system=True)).collect().sort(SHAPE.key)
+    second = store.adopt(dataset, SHAPE, replace(WISH, segment="adopted:later"))
+    assert (second.already, second.marker, second.rows, list(second.done)) == (True, first.marker, 10, [])
+    assert store.scan(dataset, Filter(system=True)).collect().sort(SHAPE.key).equals(before)
+    store.close()
+
+
+def test_a_table_and_columns_of_other_names_are_taken_when_they_are_named(adopting, dataset):
+    types = {("Close" if name == "close" else name): type_ for name, type_ in THEIRS.items()}
+    given = rows(6)
+    made_by_hand.make(adopting, dataset, types, given, name="prices")
+    store = adopting.open()
+    with pytest.raises(NoTable, match="--table"):
+        store.adopt(dataset, SHAPE, WISH)
+    wish = replace(WISH, table="prices")
+    with pytest.raises(AdoptionRefused, match="by its case only.*--rename Close=close"):
+        store.adopt(dataset, SHAPE, wish)
+    store.adopt(dataset, SHAPE, replace(wish, rename={"Close": "close"}))
+    assert differences(store.scan(dataset).collect(), expected(given), SHAPE.key) == []
+    store.close()
+
+
+WHOLE = {"symbol": "text", "ts": "instant", "close": "double", "volume": "long"}
+GOOD = [("AAPL", FIRST, 1.5, 10), ("IBM", FIRST, 2.5, 20)]
+REFUSALS = {
+    "a missing key column": ({"ts": "instant", "close": "double"}, [(FIRST, 1.0)], r"key column 'symbol' is missing"),
+    "a key that is there twice": (WHOLE, [*GOOD, GOOD[1]], r"1 key is there more than once \(2 rows; the first: symbol=IBM"),
+    "a null in the key": (WHOLE, [*GOOD, (None, FIRST, 3.5, 30)], r"key column 'symbol' is null in 1 row"),
+    "fractions in whole numbers": (
+        {**WHOLE, "volume": "double"},
+        [("AAPL", FIRST, 1.5, 10.0), ("IBM", FIRST, 2.5, 20.25)],
+        r"'volume' .* cannot become i64: 1 row .* such as 20\.25",
+    ),
+    "texts that are no times": (
+        {**WHOLE, "ts": "text"},
+        [("AAPL", "2024-01-30T14:30:00Z", 1.5, 10), ("IBM", "yesterday", 2.5, 20)],
+        r"'ts' .* 1 row .*no times.* such as yesterday",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_would_lose_a_value_is_refused_with_its_reason_and_changes_nothing(adopting, dataset, case):
+    types, given, words = REFUSALS[case]
+    if case == "texts that are no times" and adopting.scheme == "mysql":
+        types, given = {**types}, [(s, at.replace("Z", ""), *rest) for s, at, *rest in given]
+    made_by_hand.make(adopting, dataset, types, given)
+    store = adopting.open()
+    wish = replace(WISH, zone="UTC" if adopting.scheme in ("mysql", "csv") else None)
+    for dry in (True, False):
+        with pytest.raises(AdoptionRefused, match=words):
+            store.adopt(dataset, BARS, replace(wish, dry=dry))
+    with pytest.raises(ForeignTable):
+        store.ensure(dataset, BARS)
+    store.close()
+
+
+def test_times_without_a_zone_are_asked_for_theirs(adopting, dataset):
+    if adopting.scheme in ("clickhouse", "chdb", "mongodb"):
+        pytest.skip("every time of this engine is an instant")
+    made_by_hand.make(adopting, dataset, {**WHOLE, "ts": "naive"}, GOOD)
+    store = adopting.open()
+    with pytest.raises(AdoptionRefused, match="--zone UTC or --zone America/New_York"):
+        store.adopt(dataset, BARS, replace(WISH, zone=None))
+    if adopting.scheme == "mysql":
+        with pytest.raises(AdoptionRefused, match="CONVERT_TZ"):
+            store.adopt(dataset, BARS, replace(WISH, zone="America/New_York"))
+        return
+    store.adopt(dataset, BARS, replace(WISH, zone="America/New_York"))
+    assert store.scan(dataset).collect()["ts"].unique().to_list() == [datetime(2024, 1, 30, 19, 30, tzinfo=UTC)]
+    store.close()
+
+
+def test_days_become_the_midnights_of_a_zone(adopting, dataset):
+    if adopting.scheme == "mongodb":
+        pytest.skip("a date of BSON is an instant")
+    zone = "UTC" if adopting.scheme == "mysql" else "America/New_York"
+    made_by_hand.make(adopting, dataset, {**WHOLE, "ts": "date"}, [(s, FIRST.date(), *rest) for s, _, *rest in GOOD])
+    store = adopting.open()
+    store.adopt(dataset, BARS, replace(WISH, zone=zone))
+    midnight = datetime(2024, 1, 30, 0 if zone == "UTC" else 5, tzinfo=UTC)
+    assert store.scan(dataset).collect()["ts"].unique().to_list() == [midnight]
+    store.close()
+
+
+@pytest.mark.parametrize(("type_", "value"), [("single", 0.25), ("decimal", 12.34), ("int", 7)])
+def test_a_narrower_number_becomes_as_wide_as_the_dataset_has_it(adopting, dataset, type_, value):
+    made_by_hand.make(adopting, dataset, {**WHOLE, "close": type_}, [(s, at, value, v) for s, at, _, v in GOOD])
+    store = adopting.open()
+    store.adopt(dataset, BARS, WISH)
+    assert store.scan(dataset).collect()["close"].to_list() == [value, value]
+    wider = bars(("AAPL",), rows=1).with_columns(close=pl.lit(1 / 3), volume=pl.lit(2**40))
+    store.write(batch(dataset, wider))
+    assert store.scan(dataset, Filter(since=BARS_START)).filter(volume=2**40).collect()["close"].to_list() == [1 / 3]
+    store.close()
+
+
+BARS_START = datetime(2001, 1, 1, tzinfo=UTC)
+
+
+def test_an_extra_column_that_no_row_could_be_added_without_is_refused_with_what_to_type(adopting, dataset):
+    if adopting.scheme not in ("postgresql", "mysql"):
+        pytest.skip("the rows are copied, and that column stays in the original")
+    made_by_hand.make(adopting, dataset, {**WHOLE, "desk": "varchar(9) NOT NULL"}, [(*row, "rates") for row in GOOD])
+    store = adopting.open()
+    with pytest.raises(AdoptionRefused, match=r"'desk' may not be null and has no default.*ALTER TABLE"):
+        store.adopt(dataset, BARS, WISH)
+    store.close()
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "mysql"])
+def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(request, scheme, dataset, tmp_path):
+    place = Place(scheme, tmp_path, request.getfixturevalue({"postgresql": "postgres", "mysql": "mysql"}[scheme]))
+    number = "serial PRIMARY KEY" if scheme == "postgresql" else "int AUTO_INCREMENT PRIMARY KEY"
+    types = {**WHOLE, "desk": "varchar(9) DEFAULT 'rates' NOT NULL"}
+    made_by_hand.make(place, dataset, types, [(*row, "equity") for row in GOOD])
+    table = f"`{dataset}`" if scheme == "mysql" else '"{}"."{}"'.format(*dataset.split("."))
+    made_by_hand.run(place, [f"ALTER TABLE {table} ADD COLUMN id {number}"])
+    store = place.open()
+    store.adopt(dataset, BARS, WISH)
+    have = store.scan(dataset).collect()
+    store.write(batch(dataset, stamped(have.with_columns(pl.col("close") * 2)), 1))
+    store.write(batch(dataset, bars(("NEW",), rows=1), 2))
+    told = store.query(f"SELECT t.symbol, t.desk, t.close FROM {dataset} AS t ORDER BY t.id").rows()
+    assert told == [("AAPL", "equity", 3.0), ("IBM", "equity", 5.0), ("NEW", "rates", 0.0)]
+    store.close()
+
+
+def test_each_file_of_a_symbol_can_say_whose_it_is(tmp_path):
+    for scheme in ("csv", "parquet"):
+        place = Place(scheme, tmp_path / scheme)
+        folder = place.folder / "made" / "bars"
+        folder.mkdir(parents=True)
+        for symbol in ("AAPL", "BRK.B"):
+            one = bars((symbol,), rows=3).select("ts", "volume", "close")
+            getattr(one, f"write_{scheme}")(folder / f"{symbol}.{scheme}")
+        store = place.open()
+        with pytest.raises(AdoptionRefused, match="--rename _file=symbol when each file is one symbol's"):
+            store.adopt("made.bars", BARS, WISH)
+        done = store.adopt("made.bars", BARS, replace(WISH, rename={"_file": "symbol"}))
+        want = pl.concat([bars((symbol,), rows=3) for symbol in ("AAPL", "BRK.B")]).select(BARS.names)
+        assert differences(store.scan("made.bars").collect(), want, BARS.key) == []
+        assert sorted(path.name for path in (place.folder / "_adopted" / "made" / "bars").glob("*.*")) == [
+            f"AAPL.{scheme}",
+            f"BRK.B.{scheme}",
+        ]
+        assert done.kept == str(place.folder / "_adopted" / "made" / "bars")
+        store.close()
+
+
+def test_a_table_that_is_cut_into_partitions_or_a_view_is_refused(postgres, dataset, tmp_path):
+    place = Place("postgresql", tmp_path, postgres)
+    made_by_hand.make(place, dataset, WHOLE, GOOD, name="public.prices")
+    made_by_hand.run(place, ["CREATE VIEW shown AS SELECT * FROM prices"])
+    store = place.open()
+    with pytest.raises(AdoptionRefused, match=r"is a view.*CREATE TABLE"):
+        store.adopt(dataset, BARS, replace(WISH, table="shown"))
+    with pytest.raises(SchemaError, match="there is no column 'closs'; did you mean close"):
+        store.adopt(dataset, BARS, replace(WISH, table="prices", rename={"closs": "close"}))
+    made_by_hand.run(place, ["CREATE UNIQUE INDEX one_each ON prices (symbol)"])
+    with pytest.raises(AdoptionRefused, match="unique index 'one_each' over symbol would refuse rows"):
+        store.adopt(dataset, BARS, replace(WISH, table="prices"))
+    store.close()
