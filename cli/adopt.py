@@ -104,7 +104,9 @@ def _show(one) -> None:
     if not one.spans:
         put("    nothing that was not known before")
     least = "at least " if one.owed_at_least else "about "
-    owed = f"{many(one.owed_units, 'unit')}, {least}{many(one.owed_requests, 'request')}" if one.owed_units else "nothing"
+    owed = (
+        f"{many(one.owed_units, 'unit')}, {least}{many(one.owed_requests, 'request')}" if one.owed_units else "nothing"
+    )
     put(f"  still owed: {owed}" + (": the next sync asks for it" if one.owed_units else ""))
     if one.dry:
         put("  nothing was changed")

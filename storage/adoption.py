@@ -1,4 +1,4 @@
-"""Taking over a table that somebody else made: what is wished, what came of it, and what all engines judge alike (names,
+"""Taking over a table that somebody else made: what is wished, what came of it, what all engines judge alike (names,
 and values on their way to a column's type). How an engine does it is in `<engine>_adoption.py` or `adoption_copies.py`.
 
 A refusal names every reason with its remedy, and comes before anything was changed.
@@ -110,8 +110,8 @@ def matched(schema: Schema, found: Sequence[str], wish: Wish, reasons: list[str]
         alike = next((name for name in free if name.lower() == column.name.lower()), None)
         if alike is not None:
             reasons.append(
-                f"column {alike!r} differs from the dataset's {column.name!r} by its case only, and names are told apart "
-                f"by it: add --rename {alike}={column.name}"
+                f"column {alike!r} differs from the dataset's {column.name!r} by its case only, and names are told "
+                f"apart by it: add --rename {alike}={column.name}"
             )
         elif column.name in must:
             near = closest(column.name, [name for name in free if name != FILE_COLUMN])
@@ -128,7 +128,9 @@ def matched(schema: Schema, found: Sequence[str], wish: Wish, reasons: list[str]
 def lossy(column: str, of: str, type_: ColumnType, count: int, example: object, what: str, then: str = "") -> str:
     """Return the reason for values that would not be the same in the column's type."""
     rows = "1 row" if count == 1 else f"{count:,} rows"
-    return f"column {column!r} ({of}) cannot become {type_}: {rows} {what}, such as {example}" + (f"; {then}" * bool(then))
+    return f"column {column!r} ({of}) cannot become {type_}: {rows} {what}, such as {example}" + (
+        f"; {then}" * bool(then)
+    )
 
 
 def has_nulls(column: str, schema: Schema, count: int) -> str:
@@ -323,7 +325,9 @@ def _truth(values: pl.Series) -> pl.Series | None:
     if not (values.dtype.is_integer() or values.dtype == pl.String):
         return None
     text = values.cast(pl.String).str.to_lowercase()
-    return text.replace_strict({"true": True, "1": True, "false": False, "0": False}, default=None, return_dtype=pl.Boolean)
+    return text.replace_strict(
+        {"true": True, "1": True, "false": False, "0": False}, default=None, return_dtype=pl.Boolean
+    )
 
 
 def _whole(values: pl.Series, target: pl.DataType) -> pl.Series | None:
@@ -361,7 +365,9 @@ def _day(values: pl.Series, zone: str | None) -> pl.Series | None:
 
     of = values.dtype
     if isinstance(of, pl.Datetime):
-        local = values if of.time_zone is None else values.dt.convert_time_zone(zone or "UTC").dt.replace_time_zone(None)
+        local = (
+            values if of.time_zone is None else values.dt.convert_time_zone(zone or "UTC").dt.replace_time_zone(None)
+        )
         return _where(local.dt.date(), local.dt.truncate("1d").eq_missing(local))
     if of.is_integer():
         values, of = values.cast(pl.String), pl.String()
@@ -371,7 +377,9 @@ def _day(values: pl.Series, zone: str | None) -> pl.Series | None:
     if made.null_count() > values.null_count():
         made = made.zip_with(made.is_not_null(), values.str.to_date("%Y%m%d", strict=False))
     if made.null_count() > values.null_count():  # a day that another tool wrote as a time
-        made = made.zip_with(made.is_not_null(), values.str.strip_suffix(" 00:00:00").str.to_date("%Y-%m-%d", strict=False))
+        made = made.zip_with(
+            made.is_not_null(), values.str.strip_suffix(" 00:00:00").str.to_date("%Y-%m-%d", strict=False)
+        )
     return made
 
 
@@ -403,7 +411,9 @@ def _instant(values: pl.Series, target: pl.DataType, zone: str | None) -> tuple[
         what = f"have no zone ({NO_ZONE})" if lacking.any() else "are no times in ISO 8601 (2024-03-01T14:30:00Z)"
         return made, what
     local = _zoned(without, zone).cast(target)
-    return _where(with_zone.zip_with(zoned.fill_null(False), local), good), "are no times in ISO 8601 (2024-03-01T14:30:00)"
+    return _where(
+        with_zone.zip_with(zoned.fill_null(False), local), good
+    ), "are no times in ISO 8601 (2024-03-01T14:30:00)"
 
 
 def _parsed(texts: pl.DataFrame, suffix: str, unit: str) -> pl.Series:

@@ -48,7 +48,7 @@ def copied(
     capabilities: Capabilities,
     put: Callable[[Iterable[pl.DataFrame]], tuple[str, str]],
 ) -> Adoption:
-    """Look at all rows of the source, refuse or have them `put`; `put` returns the new marker and where the original is."""
+    """Look at all rows of the source; refuse, or have them `put`, which returns the new marker and where they were."""
     evolution.check(dataset, schema)
     reasons: list[str] = []
     names = adoption.matched(schema, source.columns, wish, reasons)

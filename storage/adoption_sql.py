@@ -191,9 +191,7 @@ def counted(dialect: Dialect, table: str, schema: Schema, wish: Wish, values: di
     at = "0" if schema.time is None else values[schema.time]
     if schema.time is not None and wish.every is not None and none.schema["at"] != pl.Date():
         at = dialect.bucket(at, int(wish.every.total_seconds()))
-    rows = dialect.ask(
-        f"SELECT s, at, COUNT(*) FROM (SELECT {subject} AS s, {at} AS at FROM {table}) t GROUP BY s, at"
-    )
+    rows = dialect.ask(f"SELECT s, at, COUNT(*) FROM (SELECT {subject} AS s, {at} AS at FROM {table}) t GROUP BY s, at")
     subjects, times, counts = zip(*rows, strict=True) if rows else ((), (), ())
     found = pl.DataFrame({"subject": subjects, "at": times, "n": counts}, strict=False)
     if schema.time is None:

@@ -399,7 +399,8 @@ class ClickHouseStore:
         except (ValueError, KeyError, TypeError) as error:
             raise ForeignTable(
                 f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync; "
-                f"{adoption.remedy(dataset)}; or move it elsewhere (RENAME TABLE), and {dataset} will be made and filled"
+                f"{adoption.remedy(dataset)}; or move it elsewhere (RENAME TABLE), and {dataset} will be made "
+                "and filled"
             ) from error
 
     def _table(self, dataset: str) -> tuple[str, Schema]:

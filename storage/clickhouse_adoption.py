@@ -1,5 +1,5 @@
-"""Adopting a ClickHouse table: where it is and what its types mean. The server copies its rows into a table of ours, since
-an engine of MergeTree's family and its order cannot be changed; values are looked at and counted by the server."""
+"""Adopting a ClickHouse table: where it is and what its types mean. The server copies its rows into a table of ours,
+since a table's engine and order cannot be changed; it is the server, too, that looks at values and counts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def found(ask: Ask, dataset: str, wish: Wish) -> Place:
     engine = _engine(ask, *place)
     if engine is None:
         raise NoTable(
-            f"there is no table {'.'.join(place)}, so there is none of {dataset} to adopt; name the one meant by --table"
+            f"there is no table {'.'.join(place)}, so there is none of {dataset} to adopt; name the one that is "
+            "meant by --table"
         )
     table = named(*place)
     if "View" in engine:
@@ -133,7 +134,7 @@ def _fit(zone: str | None, column: Column, theirs: Theirs) -> Fit:
     else:
         fit = _instant(9 if type_ is ColumnType.DATETIME_NS else 6, theirs, name, zone)
     refusal = (
-        f"column {theirs.name!r} is {theirs.shown}, and the dataset's is {type_}; nobody can know what its values mean: "
+        f"column {theirs.name!r} is {theirs.shown}, and the dataset's is {type_}; nobody knows what its values mean: "
         "make a table in which they are such (INSERT INTO ... SELECT), and adopt that by --table"
     )
     return fit or Fit(name, refusal=refusal)
@@ -180,7 +181,9 @@ def _date(of: str, name: str, zone: str) -> Fit | None:
     if of == "String" or _INTS.fullmatch(of):
         day = f"replaceRegexpOne(toString({name}), '^([0-9]{{4}})-?([0-9]{{2}})-?([0-9]{{2}})$', '\\\\1-\\\\2-\\\\3')"
         value = f"toDate32OrNull({day})"
-        loses = f"NOT match({day}, '^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}$') OR {value} IS NULL OR toString({value}) != {day}"
+        loses = (
+            f"NOT match({day}, '^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}$') OR {value} IS NULL OR toString({value}) != {day}"
+        )
         return Fit(value, _COPIED, loses, DAY_WORDS)
     return None
 

@@ -272,7 +272,9 @@ class MongoStore:
                     "one that is meant by --table"
                 )
             if name != dataset and own is not None:
-                raise AdoptionRefused(name, [f"there is a collection {dataset} already, which has the name it must get"])
+                raise AdoptionRefused(
+                    name, [f"there is a collection {dataset} already, which has the name it must get"]
+                )
 
             def frames(names: Sequence[str]) -> Iterator[pl.DataFrame]:
                 fine = [each + documents.FINE for each in names]

@@ -575,7 +575,8 @@ class MySQLStore:
         except (ValueError, KeyError, TypeError) as error:
             raise ForeignTable(
                 f"the table {quoted(dataset)} in {self.url} was not made by MarketSync; "
-                f"{adoption.remedy(dataset)}; or rename it (RENAME TABLE ... TO ...), and {dataset} will be made and filled"
+                f"{adoption.remedy(dataset)}; or rename it (RENAME TABLE ... TO ...), and {dataset} will be made "
+                "and filled"
             ) from error
         cursor.execute(f"SELECT text FROM {_SCHEMAS} WHERE marker = %s AND shape = %s", [marker, shape])
         text = cursor.fetchone()

@@ -1,5 +1,5 @@
-"""Adopting a table of MySQL or MariaDB in place: where it is, what its types mean, and the one ALTER that makes it ours,
-which does all or nothing. Rows are looked at and counted by the server, and none is copied."""
+"""Adopting a table of MySQL or MariaDB in place: where it is, what its types mean, and the one ALTER that makes it
+ours, all or nothing. Rows are looked at and counted by the server, and none is copied."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def found(cursor: Cursor, dataset: str, wish: Wish) -> str:
     name = wish.table or dataset
     kinds = _kinds(cursor, (name, dataset))
     if name not in kinds:
-        raise NoTable(f"there is no table {name}, so there is none of {dataset} to adopt; name the one meant by --table")
+        raise NoTable(
+            f"there is no table {name}, so there is none of {dataset} to adopt; name the one meant by --table"
+        )
     if kinds[name] != "BASE TABLE":
         raise AdoptionRefused(
             quoted(name),
@@ -128,9 +130,7 @@ def statements(
     changes += [f"ADD COLUMN {defined(column, False)}" for column in look.names.absent]
     at = wish.at.replace(tzinfo=None).isoformat(" ", "microseconds")
     values = (literal(wish.segment), f"'{at}'")
-    new = [
-        (each, value) for each, value in zip(system, values, strict=True) if each.split("`")[1] not in look.columns
-    ]
+    new = [(each, value) for each, value in zip(system, values, strict=True) if each.split("`")[1] not in look.columns]
     changes += [f"ADD COLUMN {each} DEFAULT {value}" for each, value in new]
     if look.keyed() is None:
         key = ", ".join(map(quoted, schema.key))
@@ -252,8 +252,8 @@ def _instant(table: str, theirs: Theirs, name: str, zone: str | None) -> Fit | N
         wider = "" if of == "datetime" else f"ALTER TABLE {table} MODIFY COLUMN {name} DATETIME(6), then "
         return Fit(
             name,
-            refusal=f"column {theirs.name!r} is {theirs.shown} in {zone}, and is to be in UTC, which the engine does by "
-            f"an UPDATE only: {wider}UPDATE {table} SET {name} = CONVERT_TZ({name}, {literal(zone)}, '+00:00'), and "
+            refusal=f"column {theirs.name!r} is {theirs.shown} in {zone}, and is to be in UTC, which is done by an "
+            f"UPDATE only: {wider}UPDATE {table} SET {name} = CONVERT_TZ({name}, {literal(zone)}, '+00:00'), and "
             "adopt it with --zone UTC",
         )
     if of == "datetime":

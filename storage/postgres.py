@@ -384,7 +384,8 @@ class PostgresStore:
         except (ValueError, KeyError, TypeError) as error:
             raise ForeignTable(
                 f"the table {_table_name(dataset)} in {self.url} was not made by MarketSync; "
-                f"{adoption.remedy(dataset)}; or rename it (ALTER TABLE ... RENAME TO ...), and {dataset} will be made and filled"
+                f"{adoption.remedy(dataset)}; or rename it (ALTER TABLE ... RENAME TO ...), and {dataset} will be made "
+                "and filled"
             ) from error
 
     def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:

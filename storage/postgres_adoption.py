@@ -195,7 +195,9 @@ def _whole(type_: ColumnType, sql: str, of: str, name: str, then: str) -> Fit | 
     low, high = WHOLE[type_]
     if of in _INTS:
         fits = _INTS[of] <= _BITS[type_] and low < 0
-        return Fit(f"{name}::{sql}", sql, None if fits else f"{name} NOT BETWEEN {low} AND {high}", WHOLE_WORDS, then=then)
+        return Fit(
+            f"{name}::{sql}", sql, None if fits else f"{name} NOT BETWEEN {low} AND {high}", WHOLE_WORDS, then=then
+        )
     if of == "numeric":
         loses = f"{name} NOT BETWEEN {low} AND {high} OR {name} <> trunc({name})"
         return Fit(f"{name}::{sql}", sql, loses, WHOLE_WORDS, then=then)

@@ -1,10 +1,10 @@
-"""Adopting a table: the store takes it over (`storage/adoption.py`), and coverage is built anew from the rows that are in
-it, so that the next sync asks only for what is missing.
+"""Adopting a table: the store takes it over (`storage/adoption.py`), and coverage is built anew from the rows that are
+in it, so that the next sync asks only for what is missing.
 
 What is believed is what rows prove. A session of a dataset that has one row a session is there when its row is; one of
 minute bars when it has a row for every minute. Where nothing is proven (ticks, lists, requests that answer for all
-symbols at once) everything is asked again, unless the user says that what lies between rows is whole. Nothing outside of
-a subject's rows is believed, nor what may still settle or be late.
+symbols at once) everything is asked again, unless the user says that what lies between rows is whole. Nothing outside
+of a subject's rows is believed, nor what may still settle or be late.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adop
         asked.dry,
     )
     adoption = taker.adopt(scope.dataset, scope.schema, wish)
-    known = _known(group, store_id, adoption)
+    known = _known(scope, store_id, adoption)
     names = list(dict.fromkeys(subject.name for one in group for subject in one.subjects))
     belief = believed(scope, names, adoption.counts, now, spans=asked.believe_spans)
     pieces: dict[str, list[Covered]] = {}
@@ -175,7 +175,8 @@ def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adop
         # keys may be anywhere in it: nothing is ever appended to it unseen
         ledger.bind_store(store_id, scope.dataset, store.url, adoption.marker, lambda: True)
         ledger.lay(store_id, scope.dataset, scope.request_hash, pieces)
-    units, requests, at_least = _owed(group, pieces if asked.dry else {})
+    thought = {name: [*known.get(name, ()), *pieces.get(name, ())] for name in names} if asked.dry else None
+    units, requests, at_least = _owed(group, store_id, thought)
     return Adopted(
         scope.dataset,
         store_id,
@@ -204,20 +205,25 @@ def _fineness(scope: Scope) -> timedelta | None:
     return _BUCKET if scope.spec.frequency == "minute" else _DAY
 
 
-def _known(group: Sequence[Scope], store_id: str, adoption: Adoption) -> Mapping[str, Sequence[Covered]]:
+def _known(scope: Scope, store_id: str, adoption: Adoption) -> Mapping[str, Sequence[Covered]]:
     """Return what the ledger knows of this very table."""
-    scope = group[0]
     if not adoption.already or scope.ledger.marker(store_id, scope.dataset) != adoption.marker:
         return {}
     return scope.ledger.coverage([store_id], scope.dataset, scope.request_hash)[store_id]
 
 
-def _owed(group: Sequence[Scope], assumed: Mapping[str, Sequence[Covered]]) -> tuple[int, int, bool]:
-    """Return how many units and requests the plans still owe, and whether they are at least so many."""
+def _owed(
+    group: Sequence[Scope], assumed_in: str | None = None, assumed: Mapping[str, Sequence[Covered]] | None = None
+) -> tuple[int, int, bool]:
+    """Return how many units and requests the plans still owe, and whether they are at least so many: as it is, or as if
+    a store had what is `assumed` and nothing else."""
     units = requests = 0
     at_least = False
     for scope in group:
-        for unit in replace(scope, assumed=assumed).plan_units():
+        if assumed is not None:
+            scope = replace(scope, assumed=assumed)
+            scope.store_ids = [store for store in scope.store_ids if store != assumed_in]
+        for unit in scope.plan_units():
             pages, certain = pages_of(scope, unit)
             units, requests, at_least = units + 1, requests + pages, at_least or not certain
     return units, requests, at_least
@@ -230,16 +236,15 @@ def _shared(pieces: Mapping[str, Sequence[Covered]]) -> tuple[Span, ...]:
         for piece in laid:
             alike.setdefault(Interval(piece.start, piece.end), []).append(subject)
     return tuple(
-        Span(tuple(sorted(names)), *span) for span, names in sorted(alike.items(), key=lambda one: (-len(one[1]), one[0]))
+        Span(tuple(sorted(names)), *span)
+        for span, names in sorted(alike.items(), key=lambda one: (-len(one[1]), one[0]))
     )
 
 
 # ---------------------------------------------------------------- what rows prove
 
 
-def believed(
-    scope: Scope, names: Sequence[str], counts: pl.DataFrame, now: datetime, *, spans: bool = False
-) -> Belief:
+def believed(scope: Scope, names: Sequence[str], counts: pl.DataFrame, now: datetime, *, spans: bool = False) -> Belief:
     """Return what the rows of a table, counted by subject and time, prove of the subjects that are asked for.
 
     With `spans`, what lies between a subject's rows is taken as whole where rows alone prove nothing; where there is a
@@ -285,13 +290,15 @@ def believed(
     return replace(_runs(scope, proven, bound), notes=tuple(notes))
 
 
-_TAKEN = "what lies between the first and the last row of a subject was taken for complete, as you said (--believe-spans)"
+_TAKEN = (
+    "what lies between the first and the last row of a subject was taken for complete, as you said (--believe-spans)"
+)
 
 
 def _unproven(why: str) -> str:
     return (
-        f"{why}, so no session was taken for complete, and all is asked again (rows that are equal stay as they are); if "
-        "you know that what is there has no holes, adopt it with --believe-spans"
+        f"{why}, so no session was taken for complete, and all is asked again (rows that are equal stay as they are); "
+        "if you know that what is there has no holes, adopt it with --believe-spans"
     )
 
 
@@ -364,8 +371,10 @@ def _minutes_whole(scope: Scope, counts: pl.DataFrame, days: pl.DataFrame) -> pl
     minutes = (pl.col("closes") - pl.col("opens")).dt.total_minutes()
     wanted = sessions.select("day", pl.when(aligned).then(minutes).alias("wanted"))
     whole = (pl.col("inside") >= pl.col("wanted")).fill_null(False)
-    return days.join(inside, on=["subject", "day"], how="left").join(wanted, on="day", how="left").with_columns(
-        whole.alias("whole")
+    return (
+        days.join(inside, on=["subject", "day"], how="left")
+        .join(wanted, on="day", how="left")
+        .with_columns(whole.alias("whole"))
     )
 
 
@@ -377,8 +386,10 @@ def _runs(scope: Scope, days: pl.DataFrame, bound: datetime) -> Belief:
     assert calendar is not None
     whole = days.filter(pl.col("whole")).sort("subject", "at")
     run = (pl.col("at") - pl.int_range(pl.len(), dtype=pl.Int64).over("subject")).alias("run")
-    runs = whole.with_columns(run).group_by("subject", "run").agg(
-        pl.col("day").min().alias("first"), pl.col("day").max().alias("last")
+    runs = (
+        whole.with_columns(run)
+        .group_by("subject", "run")
+        .agg(pl.col("day").min().alias("first"), pl.col("day").max().alias("last"))
     )
     spans: dict[str, list[Interval]] = {}
     for subject, first, last in runs.select("subject", "first", "last").sort("subject", "first").iter_rows():

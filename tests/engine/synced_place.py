@@ -58,7 +58,7 @@ class Ended:
         return "\n".join(one["message"] for one in (*self.report["errors"], *self.report["remarks"]))
 
 
-SERVERS = ("marketstore", "mongodb", "mysql", "postgresql")  # whose URLs name no folder
+SERVERS = ("clickhouse", "marketstore", "mongodb", "mysql", "postgresql")  # whose URLs name no folder
 
 
 @dataclass

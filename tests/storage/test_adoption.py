@@ -134,8 +134,10 @@ def test_a_table_made_by_hand_is_taken_over_and_written_to_like_any_other(adopti
     assert differences(store.scan(dataset).collect(), after, SHAPE.key) == []
     assert store.write(batch(dataset, batch_of, schema=SHAPE)).already
 
-    span = Filter(subjects=["BRK.B"], since=FIRST.replace(tzinfo=UTC), until=FIRST.replace(tzinfo=UTC) + timedelta(hours=4))
-    two = after.filter((pl.col("symbol") == "BRK.B")).sort("ts").head(2)
+    span = Filter(
+        subjects=["BRK.B"], since=FIRST.replace(tzinfo=UTC), until=FIRST.replace(tzinfo=UTC) + timedelta(hours=4)
+    )
+    two = after.filter(pl.col("symbol") == "BRK.B").sort("ts").head(2)
     replaced = store.replace(dataset, SHAPE, stamped(two, "repair"), span)
     assert (replaced.deleted, replaced.unchanged) == (2, 2)
     assert store.count(dataset, span) == 2
@@ -167,7 +169,7 @@ def test_a_table_and_columns_of_other_names_are_taken_when_they_are_named(adopti
     with pytest.raises(NoTable, match="--table"):
         store.adopt(dataset, SHAPE, WISH)
     wish = replace(WISH, table="prices")
-    with pytest.raises(AdoptionRefused, match="by its case only.*--rename Close=close"):
+    with pytest.raises(AdoptionRefused, match=r"by its case only.*--rename Close=close"):
         store.adopt(dataset, SHAPE, wish)
     store.adopt(dataset, SHAPE, replace(wish, rename={"Close": "close"}))
     assert differences(store.scan(dataset).collect(), expected(given), SHAPE.key) == []
@@ -178,7 +180,11 @@ WHOLE = {"symbol": "text", "ts": "instant", "close": "double", "volume": "long"}
 GOOD = [("AAPL", FIRST, 1.5, 10), ("IBM", FIRST, 2.5, 20)]
 REFUSALS = {
     "a missing key column": ({"ts": "instant", "close": "double"}, [(FIRST, 1.0)], r"key column 'symbol' is missing"),
-    "a key that is there twice": (WHOLE, [*GOOD, GOOD[1]], r"1 key is there more than once \(2 rows; the first: symbol=IBM"),
+    "a key that is there twice": (
+        WHOLE,
+        [*GOOD, GOOD[1]],
+        r"1 key is there more than once \(2 rows; the first: symbol=IBM",
+    ),
     "a null in the key": (WHOLE, [*GOOD, (None, FIRST, 3.5, 30)], r"key column 'symbol' is null in 1 row"),
     "fractions in whole numbers": (
         {**WHOLE, "volume": "double"},
