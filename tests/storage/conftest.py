@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -150,9 +150,19 @@ ALIASES = {"marketstores", "mongodb+srv"}  # schemes of an engine that has anoth
 
 @pytest.fixture(params=sorted(ENGINES.keys() - ALIASES))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    server = SERVERS.get(request.param)
-    address = request.getfixturevalue(server) + PERMITTED.get(request.param, "") if server else ""
-    return Place(request.param, tmp_path / "store", address)
+    return _place(request, request.param, tmp_path / "store")
+
+
+@pytest.fixture
+def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Place]:
+    """Return an empty place of the engine that is named."""
+    return lambda scheme: _place(request, scheme, tmp_path / scheme)
+
+
+def _place(request: pytest.FixtureRequest, scheme: str, folder: Path) -> Place:
+    server = SERVERS.get(scheme)
+    address = request.getfixturevalue(server) + PERMITTED.get(scheme, "") if server else ""
+    return Place(scheme, folder, address)
 
 
 @pytest.fixture

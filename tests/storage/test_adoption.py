@@ -10,7 +10,6 @@ from datetime import UTC, date, datetime, timedelta
 import made_by_hand
 import polars as pl
 import pytest
-from conftest import Place
 from stored_frames import BARS, bars, batch, differences, stamped
 
 from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError
@@ -83,7 +82,7 @@ def expected(given: list[tuple]) -> pl.DataFrame:
 
 
 @pytest.fixture
-def adopting(place: Place):
+def adopting(place):
     """The place, where its engine can adopt a table."""
     store = place.open()
     able = hasattr(store, "adopt")
@@ -269,8 +268,8 @@ def test_an_extra_column_that_no_row_could_be_added_without_is_refused_with_what
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "mysql"])
-def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(request, scheme, dataset, tmp_path):
-    place = Place(scheme, tmp_path, request.getfixturevalue({"postgresql": "postgres", "mysql": "mysql"}[scheme]))
+def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(place_of, scheme, dataset):
+    place = place_of(scheme)
     number = "serial PRIMARY KEY" if scheme == "postgresql" else "int AUTO_INCREMENT PRIMARY KEY"
     types = {**WHOLE, "desk": "varchar(9) DEFAULT 'rates' NOT NULL"}
     made_by_hand.make(place, dataset, types, [(*row, "equity") for row in GOOD])
@@ -286,9 +285,9 @@ def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(request
     store.close()
 
 
-def test_each_file_of_a_symbol_can_say_whose_it_is(tmp_path):
+def test_each_file_of_a_symbol_can_say_whose_it_is(place_of):
     for scheme in ("csv", "parquet"):
-        place = Place(scheme, tmp_path / scheme)
+        place = place_of(scheme)
         folder = place.folder / "made" / "bars"
         folder.mkdir(parents=True)
         for symbol in ("AAPL", "BRK.B"):
@@ -308,8 +307,8 @@ def test_each_file_of_a_symbol_can_say_whose_it_is(tmp_path):
         store.close()
 
 
-def test_a_table_that_is_cut_into_partitions_or_a_view_is_refused(postgres, dataset, tmp_path):
-    place = Place("postgresql", tmp_path, postgres)
+def test_a_view_a_wrong_name_and_an_index_that_is_too_strict_are_refused(place_of, dataset):
+    place = place_of("postgresql")
     made_by_hand.make(place, dataset, WHOLE, GOOD, name="public.prices")
     made_by_hand.run(place, ["CREATE VIEW shown AS SELECT * FROM prices"])
     store = place.open()

@@ -85,7 +85,7 @@ def test_a_table_that_somebody_else_made_is_left_alone(store, postgres):
     asked(postgres, "CREATE SCHEMA made")
     asked(postgres, "CREATE TABLE made.bars (symbol text)")
     for act in (lambda: store.ensure(DATASET, BARS), lambda: store.marker(DATASET)):
-        with pytest.raises(StoreError, match="was not made by MarketSync; rename it"):
+        with pytest.raises(StoreError, match=r"was not made by MarketSync; `marketsync adopt .*; or rename it"):
             act()
     assert store.datasets() == []
 
