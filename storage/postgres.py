@@ -338,6 +338,8 @@ class PostgresStore:
             why = " ".join(str(error).split())
             unreachable = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
             remedy = "; is the server up, and does the URL name its host, database and user?" if unreachable else ""
+            if unreachable and "SSL" in why:
+                remedy = "; is the server's certificate one of the authority in sslrootcert, and made for this host?"
             raise StoreError(f"PostgreSQL {self.url}, {what}: {why}{remedy}") from error
 
     @contextmanager

@@ -13,10 +13,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
+
+from private_tls import made_certificates
 
 USER = "market"
 PASSWORD = "p@ss/w:rd"
@@ -44,7 +44,7 @@ def private_mariadb() -> Iterator[str]:
             f"GRANT ALL PRIVILEGES ON *.* TO '{USER}'@'127.0.0.1' WITH GRANT OPTION;\n"
         )
         start.chmod(0o644)
-        certificates = _certificates(folder)
+        certificates = made_certificates(folder)
         with log.open("wb") as said:
             subprocess.run(
                 [
@@ -119,41 +119,6 @@ def asked(url: str, sql: str) -> list[tuple]:
 
 def _program(name: str) -> str | None:
     return shutil.which(name, path=_PATH)
-
-
-def _certificates(folder: Path) -> Path:
-    """Make an authority of our own, and a certificate of it for 127.0.0.1."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    made = folder / "certificates"
-    made.mkdir()
-    now = datetime.now(UTC)
-    ours = ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority of the tests")])
-    for name, is_authority in (("ca", True), ("server", False)):
-        key = ours if is_authority else ec.generate_private_key(ec.SECP256R1())
-        subject = issuer if is_authority else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=30))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-            .sign(ours, hashes.SHA256())
-        )
-        (made / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        (made / f"{name}.key").write_bytes(private)
-    return made
 
 
 def _wait(server: subprocess.Popen, port: int, log: Path) -> None:

