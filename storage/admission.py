@@ -139,6 +139,10 @@ def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tupl
     if column.type in _LEAST and not able.least:
         least = value == _LEAST[column.type]
         yield least, "the least of its type", "map it to null in the definition, or use another store"
+    if column.name == schema.subject and able.subjects is not None:
+        odd = ~value.str.contains(f"^(?:{able.subjects})$")
+        what = "no name that it can give a place, which has to match " + able.subjects
+        yield odd, what, "write it another way in the definition, BTC-USD for BTC/USD, or use another store"
     if column.type is ColumnType.STR and able.longest_text is not None and column.name != schema.subject:
         wider = value.str.len_chars() > able.longest_text
         yield wider, f"longer than {able.longest_text} characters", "leave the column out, or use another store"

@@ -47,14 +47,14 @@ CAPABILITIES = Capabilities(
     writers=Writers.MANY_PROCESSES,
     longest_key=64,
     longest_text=rows_of.TEXT_CHARACTERS,
-    any_subject=False,
+    subjects=rows_of.SYMBOL,
     any_key=False,
     earliest=datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC),
     new_year=False,
     why="atomic, transactions: the server has none; the lane moves after its rows, and what was cut short is put in "
     "again: bars overwrite, ticks are read back first. nul: its text ends at a NUL character. evolve: a bucket's "
     "columns are fixed; give the new shape a dataset name of its own. longest_text: text is 16 characters wide. "
-    "longest_key, any_subject: a symbol is a folder's name. any_key: a row without a time has no bucket. earliest, "
+    "longest_key, subjects: a symbol is a folder's name. any_key: a row without a time has no bucket. earliest, "
     "new_year: rows before 1970, and daily bars of 1 January, would be lost; ?timeframe=1H keeps the latter.",
 )
 

@@ -44,7 +44,8 @@ _SYSTEM = {LANE_COLUMN: "i8", SEQ_COLUMN: "i8", INGESTED_COLUMN: "i8"}
 _LONGEST_NAME = 31  # bytes: the file's header cuts the rest off without a word
 _MOST_COLUMNS = 1000
 _EVERY = "_all"  # the symbol of rows without a subject
-_SYMBOL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.^=+&@$#~!-](?:[A-Za-z0-9_.^=+&@$#~! -]{0,62}[A-Za-z0-9_.^=+&@$#~!-])?")
+# of up to 64 characters; polars and Python both have to read it
+SYMBOL = r"\.?[A-Za-z0-9_^=+&@$#~!-](?:[A-Za-z0-9_.^=+&@$#~! -]{0,61}[A-Za-z0-9_.^=+&@$#~!-])?"
 _LAST_STORED_NANOSECOND = 999_999_995  # from here on to the end of a second a tick comes back a second later
 _LAST_SECOND = 9_214_646_400  # 2262-01-01: the engine counts nanoseconds in 64 bits
 
@@ -159,34 +160,24 @@ def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
     """Raise `SchemaError` that names column, count and remedy for rows that the engine would lose, move or cut."""
     import polars as pl
 
-    def refuse(name: str | None, wrong: pl.Series, what: str, remedy: str) -> None:
+    def refuse(wrong: pl.Series, what: str, remedy: str) -> None:
         if count := int(wrong.sum()):
-            first = frame.filter(wrong)[name or ""][0]
+            first = frame.filter(wrong)[time][0]
             raise SchemaError(
-                f"column {name!r} of a frame for {dataset} has {count} values that MarketStore cannot keep ({what}; "
+                f"column {time!r} of a frame for {dataset} has {count} values that MarketStore cannot keep ({what}; "
                 f"the first: {first}); {remedy}"
             )
 
-    subject, time = shape.schema.subject, shape.schema.time or ""
-    if subject is not None:
-        names = frame[subject].unique()
-        wrong = [name for name in names if not is_symbol(name)]
-        refuse(
-            subject,
-            frame[subject].is_in(wrong),
-            "a symbol is a folder there: no / or , or * or : or %, nothing beyond ASCII, no more than 64 characters",
-            "have the definition write it another way, BTC-USD for BTC/USD, or use another store",
-        )
+    time = shape.schema.time or ""
     seconds, nanos = _instants(frame, shape)
     other = "use another store for these rows"
-    refuse(time, seconds >= _LAST_SECOND, "after 2261", other)
+    refuse(seconds >= _LAST_SECOND, "after 2261", other)
     if shape.ticks:
         late = nanos >= _LAST_STORED_NANOSECOND
-        refuse(time, late, "in the last 5 ns of a second, they would come back a second later", other)
+        refuse(late, "in the last 5 ns of a second, so they would come back a second later", other)
     else:
         unaligned = (seconds % shape.seconds != 0) | (nanos != 0)
         refuse(
-            time,
             unaligned,
             f"not at the beginning of a bucket of {shape.timeframe}, to which they would be moved",
             "make the table anew in a store whose URL has a shorter ?timeframe=, or ?timeframe=tick",
@@ -195,7 +186,6 @@ def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
         day = frame[time].cast(pl.Date)
         first = (day.dt.month() == 1) & (day.dt.day() == 1)
         refuse(
-            time,
             first,
             "a daily bar on 1 January, which the engine loses",
             "make the table anew in a store whose URL has ?timeframe=1H",
@@ -257,7 +247,7 @@ def decode(
 
 def is_symbol(text: str) -> bool:
     """Return whether the text can name a folder of the server's, and is nothing else in a question to it."""
-    return _SYMBOL.fullmatch(text) is not None
+    return re.fullmatch(SYMBOL, text) is not None
 
 
 def _mask(place: int) -> str:

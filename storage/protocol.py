@@ -51,7 +51,7 @@ class Capabilities:
     least: bool = True  # keeps the least number of each type, which is null elsewhere
     longest_key: int | None = None  # characters of a text in the key; None: as many as elsewhere
     longest_text: int | None = None  # characters, as the engine counts, of a text that is no subject; None: any
-    any_subject: bool = True  # a subject may be any text; False: only what can name a folder
+    subjects: str | None = None  # the regular expression of a subject; None: it may be any text
     any_key: bool = True  # rows may be identified by anything; False: by their time, and what else there is
     earliest: datetime | None = None  # rows of an earlier time are refused
     new_year: bool = True  # keeps a row of a 1 January in a table of days

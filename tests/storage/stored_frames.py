@@ -117,7 +117,7 @@ def batch(
 
 def hostile_keys(capabilities: Capabilities) -> list[str]:
     """Return the hostile texts, as long as a text in a key may be; tame ones where they name folders."""
-    if not capabilities.any_subject:
+    if capabilities.subjects is not None:
         tame = ["".join(one for one in text if one.isascii() and one.isalnum()) for text in HOSTILE_TEXT]
         return [f"{text[:50]}{place}" for place, text in enumerate(tame)]
     return [text[: capabilities.longest_key] for text in hostile_text(capabilities)]

@@ -762,7 +762,7 @@ def texts(able: Capabilities) -> st.SearchStrategy[str]:
 
 
 def subjects_of(able: Capabilities) -> st.SearchStrategy[str]:
-    if not able.any_subject:
+    if able.subjects is not None:
         return st.sampled_from(hostile_keys(able)) | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9.^=-]{0,11}", fullmatch=True)
     return texts(able).map(lambda text: text[: able.longest_key])
 
