@@ -40,7 +40,6 @@ REFUSES = {
     "empty_text": "empty texts",
     "final_return": "a carriage return at the end of a text",
     "least": "the least number of a type",
-    "any_subject": "symbols that cannot name a folder",
     "any_key": "keys without a time",
     "new_year": "days of 1 January",
     "evolve": "columns that are added",
@@ -50,6 +49,8 @@ REFUSES = {
 def refused(able: Capabilities) -> str:
     """Returns what a store does not take, and what it changes, in words."""
     found = [words for flag, words in REFUSES.items() if getattr(able, flag, True) is False]
+    if able.subjects is not None:
+        found.append("symbols that cannot name a folder")
     if able.longest_key is not None:
         found.append(f"texts of more than {able.longest_key} characters in the key")
     if (longest := getattr(able, "longest_text", None)) is not None:
