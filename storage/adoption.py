@@ -30,7 +30,10 @@ WHOLE = {
     ColumnType.U64: (0, 2**64 - 1),
 }
 NO_ZONE = "its times say no zone: give the one that they are in, --zone UTC or --zone America/New_York"
-SINGLE = "has 7 digits: each value stays the number that it was (0.1 is 0.10000000149011612), until it is asked again"
+SINGLE = (
+    "has 7 digits: each value stays the number that it was (0.1 is 0.10000000149011612), until it is asked again "
+    "(sync --refetch)"
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,8 @@ def matched(schema: Schema, found: Sequence[str], wish: Wish, reasons: list[str]
 def lossy(column: str, of: str, type_: ColumnType, count: int, example: object, what: str, then: str = "") -> str:
     """Return the reason for values that would not be the same in the column's type."""
     rows = "1 row" if count == 1 else f"{count:,} rows"
-    return f"column {column!r} ({of}) cannot become {type_}: {rows} {what}, such as {example}" + (
-        f"; {then}" * bool(then)
-    )
+    last = f"; {then}" if then else ""
+    return f"column {column!r} ({of}) cannot become {type_}: values that {what}, in {rows}, such as {example}{last}"
 
 
 def has_nulls(column: str, schema: Schema, count: int) -> str:
@@ -189,7 +191,7 @@ def counted(rows: pl.LazyFrame, schema: Schema, every: timedelta | None) -> pl.D
 # ---------------------------------------------------------------- values, where rows are copied
 
 _OFFSET = r"(?:Z|[+-]\d\d:?\d\d)$"
-_ISO = r"^\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)?(?:Z|[+-]\d\d:?\d\d)?$"
+_ISO = r"^\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,DIGITS}0*)?)?)?(?:Z|[+-]\d\d:?\d\d)?$"
 
 
 @dataclass
@@ -395,15 +397,17 @@ def _instant(values: pl.Series, target: pl.DataType, zone: str | None) -> tuple[
         if zone is None:
             return None, f"have no zone ({NO_ZONE})"
         local = values.cast(pl.Datetime("ns" if getattr(of, "time_unit", "") == "ns" else "us"))
-        made = _zoned(local, zone).cast(target)
+        moved = _zoned(local, zone)
+        made = moved.cast(target)
+        made = _where(made, made.cast(moved.dtype).eq_missing(moved))
         return made, f"are no times in {zone} (a clock was set forward or back), or finer than the column's type"
     if of != pl.String:
         return None, "hold no times; make it a time with a zone first, since a number does not say its unit"
     fine = values.str.replace("T", " ", literal=True).str.replace(r"Z$", "+00:00")
     fine = fine.str.replace(r"([+-]\d\d)(\d\d)$", "$1:$2")
-    good = values.str.contains(_ISO)
-    zoned = values.str.contains(_OFFSET) & (values.str.len_chars() > 10)
     unit = target.time_unit if isinstance(target, pl.Datetime) else "us"
+    good = values.str.contains(_ISO.replace("DIGITS", "9" if unit == "ns" else "6"))
+    zoned = values.str.contains(_OFFSET) & (values.str.len_chars() > 10)
     with_zone, without = (_parsed(fine.to_frame("text"), suffix, unit) for suffix in ("%:z", ""))
     if zone is None:
         lacking = good & ~zoned

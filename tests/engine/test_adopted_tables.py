@@ -229,6 +229,9 @@ def test_nothing_that_may_still_settle_or_come_late_and_nothing_after_the_newest
     (span,) = believed(given, ["AAPL"], counts([("AAPL", day, 1) for day in days]), NOW).spans["AAPL"]
     # on Monday morning Friday's answer would not be final: it settles with the session after it
     assert span == Interval(midnight(date(2012, 6, 20)), midnight(date(2012, 6, 29)))
+    # on Saturday what was published on Wednesday might still come late
+    saturday = believed(given, ["AAPL"], counts([("AAPL", day, 1) for day in days]), NOW - timedelta(days=2))
+    assert saturday.spans["AAPL"][-1].end == midnight(date(2012, 6, 27))
     (span,) = believed(given, ["AAPL"], counts([("AAPL", day, 1) for day in days[:3]]), NOW).spans["AAPL"]
     assert span.end == midnight(date(2012, 6, 23))
 

@@ -125,7 +125,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         adopts = item.path.name == "test_adoption.py" and "[" in item.name
         whole = item.name.startswith("test_a_table_made_by_hand") and "[chdb]" not in item.name
-        if adopts and not whole and "[postgresql" not in item.name:  # what a type means is tried in one engine
+        if adopts and "place" in item.fixturenames and not whole and "[postgresql" not in item.name:
             item.add_marker(pytest.mark.slow)
         if item.name in STARTED or item.name in [
             f"{name}[{engine}]"

@@ -188,12 +188,12 @@ REFUSALS = {
     "fractions in whole numbers": (
         {**WHOLE, "volume": "double"},
         [("AAPL", FIRST, 1.5, 10.0), ("IBM", FIRST, 2.5, 20.25)],
-        r"'volume' .* cannot become i64: 1 row .* such as 20\.25",
+        r"'volume' .* cannot become i64: .*in 1 row, such as 20\.25",
     ),
     "texts that are no times": (
         {**WHOLE, "ts": "text"},
         [("AAPL", "2024-01-30T14:30:00Z", 1.5, 10), ("IBM", "yesterday", 2.5, 20)],
-        r"'ts' .* 1 row .*no times.* such as yesterday",
+        r"'ts' .*no times.*in 1 row, such as yesterday",
     ),
 }
 
@@ -282,6 +282,36 @@ def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(place_o
     store.write(batch(dataset, bars(("NEW",), rows=1), 2))
     told = store.query(f"SELECT t.symbol, t.desk, t.close FROM {dataset} AS t ORDER BY t.id").rows()
     assert told == [("AAPL", "equity", 3.0), ("IBM", "equity", 5.0), ("NEW", "rates", 0.0)]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ("2024-01-30T14:30:00Z", datetime(2024, 1, 30, 14, 30, tzinfo=UTC)),
+        ("2024-01-30 09:30:00.250-0500", datetime(2024, 1, 30, 14, 30, 0, 250_000, tzinfo=UTC)),
+        ("2024-01-30 09:30", datetime(2024, 1, 30, 14, 30, tzinfo=UTC)),
+        ("2024-01-30", datetime(2024, 1, 30, 5, tzinfo=UTC)),
+        ("2024-01-30T14:30:00.123456789Z", None),  # finer than the dataset's times
+        ("2024-11-03 01:30:00", None),  # twice in New York
+        ("2024-03-10 02:30:00", None),  # never
+        ("2024-13-01 09:30:00", None),
+        ("1706625000", None),
+    ],
+)
+def test_a_time_in_a_file_of_texts_is_what_it_says_or_refused(place_of, text, at):
+    place = place_of("csv")
+    folder = place.folder / "made" / "bars"
+    folder.mkdir(parents=True)
+    (folder / "mine.csv").write_text(f"volume,ts,close,symbol\n100.0,{text},0.1,000001\n", encoding="utf-8")
+    store = place.open()
+    wish = replace(WISH, zone="America/New_York")
+    if at is None:
+        with pytest.raises(AdoptionRefused, match=f"'ts' .*in 1 row, such as {text}"):
+            store.adopt("made.bars", BARS, wish)
+    else:
+        store.adopt("made.bars", BARS, wish)
+        assert store.scan("made.bars").collect().rows() == [("000001", at, 0.1, 100)]
     store.close()
 
 
