@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import time
+from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
 from typing import Literal
 
@@ -38,6 +39,8 @@ from writer_process import expected
 from marketsync.errors import ConfigurationError, SchemaError, StoreBusy, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
 from storage.protocol import Capabilities, Filter, Mode, Store, Writers, Written
+from storage.registry import open_store
+from tasks.copy import End, copy
 
 BY_KEY = ["symbol", "ts"]
 WITHOUT_SYSTEM = BARS.names
@@ -533,6 +536,16 @@ def test_watermarks_are_the_newest_time_of_each_subject(store: Store, dataset: s
         "c": START,
         "A": START,
     }
+
+
+def test_rows_that_are_copied_into_a_store_and_out_again_are_what_they_were(store: Store, dataset: str, tmp_path):
+    with closing(open_store(f"csv://{tmp_path}/home")) as home, closing(open_store(f"csv://{tmp_path}/back")) as back:
+        rows = filled(home, dataset)
+        (there,) = copy(End(home), End(store), [dataset], Filter())
+        (again,) = copy(End(home), End(store), [dataset], Filter())
+        assert ([there.inserted, there.problems], [again.unchanged, again.problems]) == ([96, []], [96, []])
+        copy(End(store), End(back), [dataset], Filter())
+        assert_frame_equal(rows_of(back, dataset, Filter(system=True)), rows.sort(BY_KEY))
 
 
 def test_a_store_names_its_engine_and_the_version(store: Store):
