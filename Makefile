@@ -16,7 +16,7 @@ export UV_PYTHON_DOWNLOADS := never
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-all check format bench docs docs-serve server worker deploy lock clean
+.PHONY: help quickstart install test test-all check format bench bench-stores docs docs-serve server worker deploy lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ format: env-test ## put imports and layout in order
 
 bench: env-test ## measure beside dlt and a plain loop (BENCH=w1,w3 chooses, QUICK=1 is smaller)
 	$(BIN)/python -m benchmarks.run $(if $(BENCH),--only $(BENCH)) $(if $(QUICK),--quick) $(ARGS)
+
+bench-stores: env-test ## measure the stores beside each engine's bulk path and others (ENGINES=postgresql,mysql, QUICK=1)
+	$(BIN)/python -m benchmarks.stores $(if $(ENGINES),--only $(ENGINES)) $(if $(QUICK),--quick) $(ARGS)
 
 docs: env-test ## build the documentation into site/
 	$(BIN)/zensical build --strict
