@@ -159,7 +159,7 @@ def explain(
 def query(
     sql: Annotated[str, typer.Argument(help="A SELECT; tables are named upstream.dataset.")],
     config: Config = Path("upstream.yml"),
-    store: Annotated[str | None, typer.Option("--store", help="The store. Default: the first one.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="The store. Default: the first with tables.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run SQL over a store's tables."""
@@ -168,7 +168,7 @@ def query(
     from tasks.workspace import open_workspace
 
     workspace = open_workspace(config)
-    name = store or next(iter(workspace.loaded.configuration.stores))
+    name = workspace.readable(store)
     frame = workspace.store(name).query(sql)
     if as_json:
         put_json({"store": name, "columns": frame.columns, "rows": frame.to_dicts()})

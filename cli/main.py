@@ -23,6 +23,7 @@ MODULES = {
     "look": ("status", "report", "explain", "query"),
     "stores": ("stores", "copy"),
     "adopt": ("adopt",),
+    "follow": ("follow",),
     "control": ("pause", "resume", "cancel", "schedule"),
     "catalog": ("providers", "datasets"),
     "replica": ("replica",),

@@ -36,9 +36,9 @@ answered = False  # whether the one object of --json is printed, or being printe
 def put_json(value: Any) -> None:
     """Print one JSON object on stdout and nothing else. JSON has no NaN and no infinity: they are null."""
     try:
-        text = json.dumps(value, indent=2, default=_plain, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=2, default=plain, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), indent=2, default=_plain, ensure_ascii=False)
+        text = json.dumps(_finite(value), indent=2, default=plain, ensure_ascii=False)
     put_object(text)
 
 
@@ -59,7 +59,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return what JSON has no word for as text."""
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, date):

@@ -58,7 +58,7 @@ def _show(one: StoreState) -> None:
 
 
 def _described(table: TableState) -> str:
-    parts = [many(table.rows, "row")]
+    parts = [many(table.rows, "row") if table.messages is None else f"a log of {many(table.messages, 'message')}"]
     if table.subjects is not None:
         parts.append(many(table.subjects, "symbol"))
     if table.newest is not None:

@@ -219,7 +219,7 @@ def _fetched(result: Fetched) -> State[Any]:
 def _judged(part: DatasetReport) -> str:
     if part.state:
         return f"{part.store}: {part.state}"
-    rows = "no table yet" if part.size is None else many(part.size.rows, "row")
+    rows = "a log" if part.log else "no table yet" if part.size is None else many(part.size.rows, "row")
     if part.judgement is None:
         return f"{part.store}: {rows}"
     missing = many(part.judgement.missing, "session")

@@ -2,7 +2,8 @@
 
 Each name is imported when it is first asked for, so that `import marketsync` stays cheap and imports keep pointing one
 way (the rooms import this package, never the reverse; these names are looked up by text). Their types are in
-`__init__.pyi`; what they do is in `storage/reader.py` and `tasks/public.py`.
+`__init__.pyi`; what they do is in `storage/reader.py`,
+`storage/following.py` and `tasks/public.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 # name: (module, attribute, the top-level packages that its import needs)
 _PUBLIC = {
     "open_store": ("storage.reader", "open_reader", ("storage",)),
+    "follow": ("storage.following", "follow", ("storage",)),
     "sync": ("tasks.public", "sync", ("providers", "storage", "tasks")),
     "estimate": ("tasks.public", "estimate", ("providers", "storage", "tasks")),
     "status": ("tasks.public", "status", ("providers", "storage", "tasks")),

@@ -1,4 +1,5 @@
 from marketsync.errors import MarketSyncError as MarketSyncError
+from storage.following import follow as follow
 from storage.reader import open_reader as _open_reader
 from tasks.public import copy as copy
 from tasks.public import estimate as estimate

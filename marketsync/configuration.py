@@ -23,7 +23,7 @@ from marketsync.document import Document, FieldPath, closest, dotted, parse_docu
 from marketsync.durations import parse_span
 from marketsync.errors import ConfigurationError, Problem
 from marketsync.names import braced, choice, known_names, request_names, texts_in, wrong_names
-from marketsync.upstream import FOLDER_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
+from marketsync.upstream import FOLDER_SCHEMES, LOG_SCHEMES, STORE_SCHEMES, Configuration, Plan, Universe, Upstream
 
 if TYPE_CHECKING:
     from marketsync.explaining import Located
@@ -112,6 +112,11 @@ class Loaded:
         if scheme in FOLDER_SCHEMES and place and not place.startswith(("/", "~", "$")):
             return f"{scheme}://{(self.base / place).resolve()}"
         return url
+
+    def with_tables(self, names: Iterable[str] | None = None) -> list[str]:
+        """Return which of these stores (None: of all) have tables; the others are logs, which are followed."""
+        stores = self.configuration.stores
+        return [name for name in (stores if names is None else names) if not _is_log(stores[name].url)]
 
     def universe(self, name: str) -> tuple[str, ...]:
         """Return the symbols of a universe that is a list or a file, without repetitions, in order.
@@ -773,6 +778,15 @@ class _Whole:
                     provider = spec.rows.partition(".")[0]
                     if provider != self.definitions[full.partition(".")[0]].provider:
                         self._dataset(("upstreams",), spec.rows)
+        stores = self.configuration.stores
+        if all(store in stores and _is_log(stores[store].url) for store in plan.stores):
+            others = [store for store, spec in stores.items() if not _is_log(spec.url)]
+            self._say(
+                ("plans", name, "stores"),
+                f"nothing of the plan could be read: {', '.join(plan.stores)} is a log of batches, whose rows can be "
+                "neither judged nor looked up, and from which no other store can be filled",
+                f"name one with tables as well: stores: [{', '.join([*(others[:1] or ['default']), *plan.stores])}]",
+            )
         if plan.universe is not None and not isinstance(plan.universe, str) and not plan.universe:
             self._say(("plans", name, "universe"), "the list is empty", "list at least one symbol")
 
@@ -894,6 +908,10 @@ def _scheme_problems(document: Document, place: FieldPath, url: str) -> Iterator
     elif not rest:
         named = "./data" if scheme in FOLDER_SCHEMES else "user:$secret.PASSWORD@host/database"
         yield Problem(document.name, line, dotted(place), f"'{url}' names no place", f"write {scheme}://{named}")
+
+
+def _is_log(url: str) -> bool:
+    return url.partition("://")[0] in LOG_SCHEMES
 
 
 def _symbols_of(universe: Universe, base: Path) -> tuple[str, ...]:

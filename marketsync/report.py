@@ -332,7 +332,8 @@ class DatasetReport:
     """One dataset in one store: what the run did to it and how it stands.
 
     `rows` is this run's; `watermarks` come from `Store.watermarks` (and the judgement's first dates), sorted by
-    subject; `size` from `Store.info`; `state` is a sentence when the store could not be reached.
+    subject; `size` from `Store.info`; `state` is a sentence when the store could not be reached; `log` says that it is
+    one of batches, which has no table to measure or judge.
     """
 
     dataset: str
@@ -343,6 +344,7 @@ class DatasetReport:
     watermarks: tuple[Watermark, ...] = ()
     judgement: Judgement | None = None
     state: str = ""
+    log: bool = False
 
     @property
     def newest(self) -> Watermark | None:

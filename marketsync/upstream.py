@@ -19,10 +19,12 @@ NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
-# those of storage.registry, which is not imported here: in a folder, and on a server
+# those of storage.registry, which is not imported here: in a folder, on a server, and logs, which have no tables
 FOLDER_SCHEMES = ("delta", "parquet", "csv", "excel", "chdb")
+LOG_SCHEMES = ("nats", "redis", "rediss")
 STORE_SCHEMES = (
     *FOLDER_SCHEMES,
+    *LOG_SCHEMES,
     "clickhouse",
     "dolphindb",
     "marketstore",
@@ -169,7 +171,9 @@ class StoreSpec(Model):
     url: str = Field(
         description="Engine and place: delta://./data, parquet://, csv://, excel://, chdb:// in a folder, "
         "postgresql://, mysql://, mongodb:// or dolphindb://user:$secret.PASSWORD@host/database, "
-        "clickhouse://user:$secret.PASSWORD@host:8123/ or marketstore://host:5993/ on a server."
+        "clickhouse://user:$secret.PASSWORD@host:8123/ or marketstore://host:5993/ on a server; a log that programs "
+        "follow, beside a store with tables: nats://user:$secret.PASSWORD@host:4222/STREAM or "
+        "redis://user:$secret.PASSWORD@host:6379/0."
     )
 
 

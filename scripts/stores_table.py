@@ -29,8 +29,10 @@ ADDRESSES = {
     "marketstore": ("MarketStore", "marketstore://host:5993"),
     "mongodb": ("MongoDB", "mongodb://user@host:27017/database"),
     "mysql": ("MariaDB, MySQL", "mysql://user@host:3306/database"),
+    "nats": ("NATS, a log", "nats://user@host:4222/STREAM"),
     "parquet": ("Parquet files", "parquet://./folder"),
     "postgresql": ("PostgreSQL", "postgresql://user@host:5432/database"),
+    "redis": ("Redis or Valkey, a log", "redis://user@host:6379/0"),
 }
 REFUSES = {
     "nanoseconds": "times finer than a microsecond",
@@ -43,6 +45,7 @@ REFUSES = {
     "any_key": "keys without a time",
     "new_year": "days of 1 January",
     "evolve": "columns that are added",
+    "table": "to be read as a table: it is followed",
 }
 
 

@@ -56,6 +56,7 @@ class Capabilities:
     earliest: datetime | None = None  # rows of an earlier time are refused
     new_year: bool = True  # keeps a row of a 1 January in a table of days
     days: tuple[date, date] | None = None  # the first and the last that a time can be on; None: of the years 1 to 9999
+    table: bool = True  # rows can be read; False: a log, which is followed: no scan, arrow, watermarks, count, query
     why: str = ""  # for each `False`: one sentence that says why and what to do instead
 
 

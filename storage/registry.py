@@ -21,8 +21,11 @@ ENGINES = {
     "mongodb": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mongodb+srv": ("storage.mongodb", "pymongo", "[mongodb]"),
     "mysql": ("storage.mysql", "pymysql", "[mysql]"),
+    "nats": ("storage.nats", "nats", "[nats]"),
     "parquet": ("storage.parquet", "polars", ""),
     "postgresql": ("storage.postgres", "adbc_driver_postgresql", "[postgres]"),
+    "redis": ("storage.redis", "redis", "[redis]"),
+    "rediss": ("storage.redis", "redis", "[redis]"),
 }
 
 

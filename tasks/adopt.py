@@ -132,7 +132,7 @@ def _scopes(workspace: Workspace, name: str) -> dict[str, list[Scope]]:
 
 def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adopted:
     scope = group[0]
-    store_id = asked.store or scope.store_ids[0]
+    store_id = asked.store or scope.workspace.loaded.with_tables(scope.store_ids)[0]
     store = workspace.store(store_id)
     group = [one for one in group if store_id in one.store_ids]
     if not group:

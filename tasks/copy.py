@@ -115,6 +115,12 @@ def copy(
     a store cannot be used, or when another copy of the same rows is under way; ConfigurationError for what the source
     has not, and where both are one store.
     """
+    for end in (source, target):
+        if not end.store.capabilities.table:
+            raise ConfigurationError(
+                f"{end.name} is a log of batches, which is neither read nor compared: name it in a plan, and "
+                "the plan fills it from a store with tables; what is in it is followed (`marketsync follow`)"
+            )
     there = source.store.datasets()
     if missing := [dataset for dataset in datasets if dataset not in there]:
         raise ConfigurationError(

@@ -354,7 +354,7 @@ def fill_from_siblings(
     """
     import uuid
 
-    others = [other for other in targets if other.store_id != target.store_id]
+    others = [other for other in targets if other.store_id != target.store_id and other.store.capabilities.table]
     if not others:
         return 0
     known = ledger.coverage([t.store_id for t in targets], dataset, request_hash, subjects)
@@ -383,6 +383,8 @@ def fill_from_siblings(
                         begun = begun_copies(intervals, clock.now())
                         ledger.lay(target.store_id, dataset, request_hash, dict.fromkeys(group, begun))
                         noted = True
+                    if not target.store.capabilities.table:
+                        frame = frame.sort(list(schema.key))  # whoever follows is shown each batch in order
                     stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
                     mode = Mode.UPSERT
                     written = target.store.write(Batch(dataset, schema, lane, seq, stamped, mode))
@@ -473,7 +475,9 @@ def check_target(target: Target, dataset: str, schema: Schema, ledger: Ledger) -
         marker = target.store.ensure(dataset, schema)
     except OSError as error:
         raise StoreError(f"store {target.store_id} ({target.store.url}) cannot be opened: {error}") from error
+    store = target.store
+    # a log is never asked for its rows, and what is appended to it is taken as it is
     binding = ledger.bind_store(
-        target.store_id, dataset, target.store.url, marker, lambda: target.store.count(dataset) > 0
+        target.store_id, dataset, store.url, marker, lambda: store.capabilities.table and store.count(dataset) > 0
     )
     return binding is not Binding.CHANGED

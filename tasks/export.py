@@ -53,14 +53,14 @@ def export(
     columns: Sequence[str] = (),
     force: bool = False,
 ) -> Exported:
-    """Write the dataset's rows of a store (the first one of the configuration by default) to the file.
+    """Write the dataset's rows of a store (the first one with tables by default) to the file.
 
     Only those of `symbols`, from `since` on, up to `until` (a day is included whole), with `columns`; empty is all.
     Raises ConfigurationError for what cannot be asked or written, SchemaError for a text that no cell of a workbook
     holds, and StoreError. A file that is there stays unless `force` is given, and as it was when something fails.
     """
     _refuse_file(file, force)
-    name = store or next(iter(workspace.loaded.configuration.stores))
+    name = workspace.readable(store)
     source = workspace.store(name)
     schema = _schema(source, name, dataset)
     wanted = _wanted(dataset, schema, symbols, since, until, columns)

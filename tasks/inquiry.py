@@ -377,7 +377,7 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
             covered_until, uncovered = _covered_until(scope, known[store_id])
             try:
                 store = workspace.store(store_id)
-                if store.marker(scope.dataset) is not None:
+                if store.capabilities.table and store.marker(scope.dataset) is not None:
                     count = store.count(scope.dataset)
                     marks = store.watermarks(scope.dataset) if scope.schema.time is not None else {}
                     watermark = max((mark.isoformat() for mark in marks.values()), default=None)
@@ -551,6 +551,9 @@ def _explain_in(
                 f"{piece.start:%F} to {piece.end:%F}, asked {piece.asked_at:%F %T} UTC"
             )
         try:
+            if not scope.workspace.store(store_id).capabilities.table:
+                lines.append(f"{store_id} is a log of batches, in which no row can be looked up.")
+                continue
             rows = _rows(scope, store_id, subject, day)
         except StoreError as error:
             lines.append(f"{store_id} cannot be read now: {error}")

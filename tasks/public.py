@@ -145,9 +145,9 @@ def explain(
 
 
 def query(sql: str, config: str | Path = "upstream.yml", *, store: str | None = None) -> pl.DataFrame:
-    """Run a SELECT over the tables (`upstream.dataset`) of a store of upstream.yml; the first store by default."""
+    """Run a SELECT over the tables (`upstream.dataset`) of a store of upstream.yml (the first with tables)."""
     with _opened(config) as workspace:
-        return workspace.store(store or next(iter(workspace.loaded.configuration.stores))).query(sql)
+        return workspace.store(workspace.readable(store)).query(sql)
 
 
 def export(

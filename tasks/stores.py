@@ -31,6 +31,7 @@ class TableState:
     newest: datetime | date | None = None
     known: bool | None = None
     problem: str = ""
+    messages: int | None = None  # of a log, whose rows nobody counts
 
 
 @dataclass
@@ -131,19 +132,22 @@ def _table(workspace: Workspace, store: Store, name: str, dataset: str) -> Table
     info, schema = store.info(dataset), store.schema(dataset)
     if schema is None:
         raise StoreError(f"the table of {dataset} went away while it was looked at")
+    bound = workspace.ledger.marker(name, dataset)
+    known = None if bound is None else bound == store.marker(dataset)
+    if not store.capabilities.table:
+        return TableState(dataset, bytes=info.bytes, known=known, messages=info.rows)
     newest: dict[str, Any] = {} if schema.time is None else store.watermarks(dataset)
     subjects = len(newest) if schema.time is not None and schema.subject is not None else None
     if schema.time is None and schema.subject is not None:
         each = store.scan(dataset, Filter(columns=[schema.subject]))
         subjects = int(each.select(pl.col(schema.subject).n_unique()).collect(engine="streaming").item())
-    known = workspace.ledger.marker(name, dataset)
     return TableState(
         dataset,
         info.rows,
         info.bytes,
         subjects,
         max(newest.values(), default=None),
-        None if known is None else known == store.marker(dataset),
+        known,
     )
 
 

@@ -226,6 +226,8 @@ def _judged(
     from tasks.judge import KnownHoles, read_known_holes, reopened
     from tasks.judge import judge as ask
 
+    if not store.capabilities.table:
+        return DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url, log=True)
     there = store.marker(scope.dataset) is not None
     small = not there or store.info(scope.dataset).rows < full_below
     part = DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
@@ -369,7 +371,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
     resume.extend(note.resume_at for note in notes if note.resume_at is not None)
     if counts.not_yet and not resume:
         resume.append(now + timedelta(hours=1))
-    first_store = workspace.plan(plan).stores[0]
+    first_store = workspace.loaded.with_tables(workspace.plan(plan).stores)[0]
     written = Written()
     judged: list[DatasetReport] = []
     for outcome in outcomes:

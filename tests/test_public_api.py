@@ -86,7 +86,7 @@ def test_no_public_name_is_that_of_a_module():
 
 
 def test_a_name_that_is_not_public_is_refused_with_those_that_are():
-    with pytest.raises(AttributeError, match="'open_stores'; it has open_store, sync, estimate"):
+    with pytest.raises(AttributeError, match="'open_stores'; it has open_store, follow, sync, estimate"):
         _ = marketsync.open_stores
 
 

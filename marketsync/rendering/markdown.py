@@ -76,8 +76,9 @@ def _details(part: DatasetReport) -> list[str]:
     lines = [f"### {_text(part.dataset)} in {_text(part.store)}", ""]
     if part.state:
         lines += [f"**{_text(part.state)}**", ""]
-    if part.size:
-        place = f" in `{_code(part.size.location)}`" if part.size.location else ""
+    if part.size or part.log:
+        where = part.size.location if part.size else part.store_url
+        place = f" in `{_code(where)}`" if where else ""
         lines += [f"{words.standing(part)}{place}.", ""]
     if judgement is not None:
         lines += [f"Judged: {words.scope(judgement)}. {_text(words.coverage(judgement))}", ""]

@@ -201,6 +201,8 @@ def scope(judgement: Judgement) -> str:
 
 def standing(part: DatasetReport) -> str:
     """Return the size of a table: rows, bytes, files."""
+    if part.log:
+        return "A log of batches, which is followed and not judged"
     if part.size is None:
         return "-"
     text = f"{many(part.size.rows, 'row')}, {size(part.size.bytes)}, {many(part.size.files, 'file')}"

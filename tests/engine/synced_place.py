@@ -58,7 +58,15 @@ class Ended:
         return "\n".join(one["message"] for one in (*self.report["errors"], *self.report["remarks"]))
 
 
-SERVERS = ("clickhouse", "marketstore", "mongodb", "mysql", "postgresql")  # whose URLs name no folder
+SERVERS = (
+    "clickhouse",
+    "marketstore",
+    "mongodb",
+    "mysql",
+    "nats",
+    "postgresql",
+    "redis",
+)  # whose URLs name no folder
 
 
 @dataclass

@@ -16,7 +16,7 @@ from storage.reader import open_reader
 from storage.registry import open_store
 
 
-@pytest.mark.parametrize("url", ["redis://host/db", "delta", "", "Delta://x", "/some/folder"])
+@pytest.mark.parametrize("url", ["kafka://host/db", "delta", "", "Delta://x", "/some/folder"])
 def test_an_unknown_scheme_is_answered_with_the_known_ones(url: str):
     with pytest.raises(ConfigurationError, match="chdb://, clickhouse://, csv://, delta://, "):
         open_store(url)
