@@ -49,6 +49,7 @@ STAND_INS = {
     "mongodb": "a stand-in: what its server costs says nothing of MongoDB",
 }
 NOT_MEASURED = (
+    "Ways with few rows are slow ones; what they spend once a run, as dlt does, weighs more there. "
     "A ClickHouse server is measured where MARKETSYNC_TEST_CLICKHOUSE names one; chdb is the same engine. dlt has no "
     "destination for chDB, MongoDB or Excel. MarketStore and DolphinDB have doubles here, whose speed says nothing."
 )
@@ -276,7 +277,7 @@ def _targets(found: list[Figures]) -> list[str]:
     lines = []
 
     def add(engine: str, step: str, claim: str, measured: float, asked: str, met: bool) -> None:
-        verdict = "met" if met else "**missed**"
+        verdict = "" if not asked else "met" if met else "**missed**"
         lines.append(f"| {engine} | {step} | {claim} | {measured:.2f} | {asked} | {verdict} |")
 
     for engine, step in dict.fromkeys((figures.engine, figures.step) for figures in found):
