@@ -23,7 +23,18 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
-from storage import admission, adoption, classify, evolution, filters, lazyframes, location, statements
+from storage import (
+    admission,
+    adoption,
+    classify,
+    evolution,
+    filters,
+    fingerprint_sql,
+    fingerprints,
+    lazyframes,
+    location,
+    statements,
+)
 from storage.adoption import Adoption, Wish
 from storage.clickhouse_adoption import literal as _literal
 from storage.clickhouse_adoption import quoted as _quoted
@@ -276,6 +287,15 @@ class ClickHouseStore:
         _, schema = self._table(dataset)
         where = self._where(dataset, schema, filter)
         return int(self._frame(f"SELECT count() AS n FROM {_table_name(dataset)} FINAL {_all(where)}")["n"][0])
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        _, schema = self._table(dataset)
+        plan = fingerprints.plan(dataset, recipe, schema)
+        where = _all(self._where(dataset, schema, filter))
+        said = fingerprint_sql.clickhouse(_quoted).statement(plan, f"{_table_name(dataset)} FINAL", where)
+        # else the engine computes every case of every value, and takes one of them then
+        said += " SETTINGS short_circuit_function_evaluation = 'force_enable'"
+        return fingerprints.finished(plan, self._frame(said))
 
     # the rest
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from marketsync.errors import ForeignTable, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
-from storage import admission, adoption, classify, evolution, filters, lazyframes, location, locks
+from storage import admission, adoption, classify, evolution, filters, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
 from storage.files import sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -233,6 +233,9 @@ class CsvStore:
         if filter.subjects is None and filter.since is None and filter.until is None:
             return sum(entry.rows for entry in self._table(dataset).files.values())
         return lazyframes.count(self.scan(dataset, filter))
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

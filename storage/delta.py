@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import ForeignTable, NoTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
-from storage import admission, adoption, evolution, lazyframes, location, locks
+from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
 from storage.evolution import PERIOD_COLUMN
 from storage.files import sync
@@ -150,6 +150,10 @@ class DeltaStore:
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         return self._now(dataset).count(filter)
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        with self._now(dataset).reading():
+            return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

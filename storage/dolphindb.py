@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from marketsync.errors import ConfigurationError, SchemaError, StoreError
 from marketsync.schema import Column, ColumnType, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location
+from storage import admission, classify, evolution, filters, fingerprints, lazyframes, location
 from storage import dolphindb_rows as rows
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -228,6 +228,9 @@ class DolphinStore:
         with self._asking(f"counting the rows of {dataset}"):
             table = self._table(dataset)
             return self._count(table, *rows.where(dataset, table.schema, filter))
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

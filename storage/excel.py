@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import StoreBusy, StoreDamaged, StoreError
 from marketsync.schema import INGESTED_COLUMN, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location, locks, workbook
+from storage import admission, classify, evolution, filters, fingerprints, lazyframes, location, locks, workbook
 from storage.files import sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -172,6 +172,9 @@ class ExcelStore:
         if filter.subjects is None and filter.since is None and filter.until is None:
             return self._table(dataset).rows
         return lazyframes.count(self.scan(dataset, filter))
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from marketsync.errors import CapabilityError, ConfigurationError, SchemaConflict, StoreError
 from marketsync.schema import SEGMENT_COLUMN, Schema
-from storage import admission, classify, evolution, filters, lazyframes, location
+from storage import admission, classify, evolution, filters, fingerprints, lazyframes, location
 from storage import marketstore_rows as rows_of
 from storage.marketstore_notes import GROUP, LOG_TIMEFRAME, Notes
 from storage.marketstore_rows import LANE_COLUMN, SECONDS, SEQ_COLUMN, TICK, Layout
@@ -203,6 +203,9 @@ class MarketStore:
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         return lazyframes.count(self.scan(dataset, filter))
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

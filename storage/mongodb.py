@@ -23,7 +23,18 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, NoTable, SchemaError, StoreError
 from marketsync.schema import Schema
-from storage import admission, adoption, classify, documents, evolution, filters, lazyframes, location
+from storage import (
+    admission,
+    adoption,
+    classify,
+    documents,
+    evolution,
+    filters,
+    fingerprint_documents,
+    fingerprints,
+    lazyframes,
+    location,
+)
 from storage.adoption import Adoption, Wish
 from storage.documents import Document
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -225,6 +236,19 @@ class MongoStore:
         with self._told(f"counting the rows of {dataset}"):
             queries = documents.queries(dataset, filter, self._table(dataset).schema)
             return sum(self._collection(dataset).count_documents(query) for query in queries)
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        with self._told(f"computing fingerprints of {dataset}"):
+            schema = self._table(dataset).schema
+            plan = fingerprints.plan(dataset, recipe, schema)
+            if not fingerprint_documents.possible(plan):
+                return fingerprints.by_scan(self, dataset, recipe, filter)
+            found: list[Document] = []
+            for query in documents.queries(dataset, filter, schema):
+                found += self._collection(dataset).aggregate(
+                    fingerprint_documents.pipeline(plan, query), allowDiskUse=True, batchSize=_ROWS_AT_ONCE
+                )
+            return fingerprint_documents.frame(plan, found)
 
     # the rest
 

@@ -42,7 +42,17 @@ from marketsync.errors import (
     StoreError,
 )
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
-from storage import admission, adoption, evolution, filters, lazyframes, location, statements
+from storage import (
+    admission,
+    adoption,
+    evolution,
+    filters,
+    fingerprint_sql,
+    fingerprints,
+    lazyframes,
+    location,
+    statements,
+)
 from storage.adoption import Adoption, Wish
 from storage.mysql_rows import answer, insertions, literal, loading, named, parsed, quoted, selected, utc
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
@@ -266,6 +276,16 @@ class MySQLStore:
             return int(_one(cursor, f"SELECT COUNT(*) FROM {quoted(dataset)} {where}"))
 
         return self._done(f"counting the rows of {dataset}", act)
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        _, schema = self._done(f"reading {dataset}", lambda cursor: self._table(cursor, dataset))
+        plan = fingerprints.plan(dataset, recipe, schema)
+        where = _all(_where(dataset, schema, filter))
+        said = fingerprint_sql.mysql(quoted).statement(plan, quoted(dataset), where)
+        with self._told(f"computing fingerprints of {dataset}"), self._apart() as connection:
+            cursor: Cursor = connection.cursor()
+            cursor.execute(said, None)
+            return fingerprints.finished(plan, answer(cursor.fetchall(), cursor.description))
 
     # the rest
 

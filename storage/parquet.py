@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from marketsync.errors import ForeignTable, StoreBusy, StoreError
 from marketsync.schema import ColumnType, Schema
-from storage import admission, adoption, evolution, lazyframes, location, locks
+from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
 from storage.files import sync, write_whole
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
@@ -154,6 +154,10 @@ class ParquetStore:
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         return self._now(dataset).count(filter)
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        with self._now(dataset).reading():
+            return fingerprints.by_scan(self, dataset, recipe, filter)
 
     # the rest
 

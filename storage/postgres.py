@@ -20,7 +20,17 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
-from storage import admission, adoption, evolution, filters, lazyframes, location, statements
+from storage import (
+    admission,
+    adoption,
+    evolution,
+    filters,
+    fingerprint_sql,
+    fingerprints,
+    lazyframes,
+    location,
+    statements,
+)
 from storage.adoption import Adoption, Wish
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -207,6 +217,16 @@ class PostgresStore:
             _, schema = self._table(cursor, dataset)
             where = self._where(dataset, schema, filter)
             return _one(cursor, f"SELECT count(*) FROM {_table_name(dataset)} {_all(where)}")
+
+    def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        import polars as pl
+
+        with self._transaction(f"reading {dataset}") as cursor:
+            _, schema = self._table(cursor, dataset)
+        plan = fingerprints.plan(dataset, recipe, schema)
+        where = _all(self._where(dataset, schema, filter))
+        said = fingerprint_sql.postgres(_quoted).statement(plan, _table_name(dataset), where)
+        return fingerprints.finished(plan, pl.concat(self._frames(said, f"computing fingerprints of {dataset}")))
 
     # the rest
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+    from storage.fingerprints import Recipe
+
 
 class Mode(StrEnum):
     """What a delivery may assume about the rows that are in the table already."""
@@ -185,6 +187,14 @@ class Store(Protocol):
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         """Return the number of rows, by the engine."""
+        ...
+
+    def fingerprints(self, dataset: str, recipe: Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        """Return the fingerprints of the filter's rows, one for each subject and period: the columns are told in
+        `fingerprints.names`, what they mean in `storage/fingerprints.py`.
+
+        Equal rows have the same fingerprints in every store. Raises `SchemaError` for a column that is not there.
+        """
         ...
 
     def delete(self, dataset: str, filter: Filter) -> int:

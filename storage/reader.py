@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from marketsync.errors import ConfigurationError
-from marketsync.schema import Schema
+from marketsync.schema import Period, Schema
+from storage.fingerprints import Recipe
 from storage.protocol import Filter, Store
 from storage.registry import open_store
 
@@ -80,6 +81,31 @@ class Reader:
     def watermarks(self, dataset: str) -> dict[str, datetime | date]:
         """Return the newest time of each symbol."""
         return self.store.watermarks(dataset)
+
+    def fingerprints(
+        self,
+        dataset: str,
+        *,
+        seed: bytes,
+        period: Period | str = Period.DAY,
+        symbols: str | Sequence[str] | None = None,
+        since: datetime | date | str | None = None,
+        until: datetime | date | str | None = None,
+        columns: Sequence[str] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> pl.DataFrame:
+        """Return the fingerprint of each symbol's rows in each `period` (day, month, year or none), by the engine.
+
+        Equal rows have equal fingerprints in every store, whatever its engine: ask two stores with one `seed`, bytes
+        drawn anew for each comparison. The columns are `subject`, `segment` (the period's first day), `rows`, `hash`
+        and a `sum(...)` for each column that is compared. A float counts as `floor(x * scale + 0.5)`, with a scale of
+        1e8 where `scales` gives no other; more is told in `storage/fingerprints.py`.
+        """
+        try:
+            recipe = Recipe(seed, Period(period), columns, scales or {})
+        except ValueError as error:
+            raise ConfigurationError(f"period={period!r} is none of {', '.join(Period)}") from error
+        return self.store.fingerprints(dataset, recipe, _filter(symbols, since, until, None, False))
 
     def close(self) -> None:
         """Let go of the store's files, locks and connections."""
