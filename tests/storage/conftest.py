@@ -105,7 +105,7 @@ def drop_dolphindb(address: str, dataset: str) -> None:
 # not every day for an engine whose tables are those of another one here, for a stand-in that is slow, and for a store
 # that writes the whole table anew each time
 LONG = (
-    "test_any_frame_comes_back_as_it_went",
+    "test_any_frame_comes_back_as_it_went_with_the_fingerprints_of_any_other_store",
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
     "test_acknowledged_rows_survive_a_kill_at_any_instant_exactly_once",
     "test_a_change_after_maintenance_finds_the_rows_as_before",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import secrets
 import subprocess
 import threading
 import time
@@ -38,6 +39,7 @@ from writer_process import expected
 
 from marketsync.errors import ConfigurationError, SchemaError, StoreBusy, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.fingerprints import Recipe, of_rows
 from storage.protocol import Capabilities, Filter, Mode, Store, Writers, Written
 from storage.registry import open_store
 from tasks.copy import End, copy
@@ -587,6 +589,54 @@ def test_a_change_after_maintenance_finds_the_rows_as_before(store: Store, datas
     assert store.write(batch(dataset, bars(first=60, rows=10, add=1.0), 42)) == Written(updated=20)
 
 
+# fingerprints
+
+
+def expected_fingerprints(frame: pl.DataFrame, recipe: Recipe, schema: Schema = BARS) -> pl.DataFrame:
+    return of_rows(frame.lazy(), "any.frame", schema, recipe)
+
+
+@pytest.mark.parametrize("columns", [None, [name for name in WIDE.names if name != "text"]], ids=["all", "no texts"])
+def test_hostile_rows_have_the_fingerprints_that_they_have_in_every_other_store(
+    store: Store, dataset: str, columns: list[str] | None
+):
+    frame = filled(store, dataset, hostile(store.capabilities), WIDE)
+    for period in Period if columns else [Period.MONTH]:
+        recipe = Recipe(secrets.token_bytes(16), period, columns, {"single": 10_000})
+        wanted = expected_fingerprints(frame, recipe, WIDE)
+        assert_frame_equal(store.fingerprints(dataset, recipe), wanted)
+
+
+def test_fingerprints_are_of_the_rows_as_they_are_now_and_of_those_asked_for(store: Store, dataset: str):
+    recipe = Recipe(secrets.token_bytes(16))
+    store.ensure(dataset, BARS)
+    assert store.fingerprints(dataset, recipe).is_empty()
+    filled(store, dataset)
+    assert_frame_equal(store.fingerprints(dataset, recipe), expected_fingerprints(bars(), recipe))
+    store.write(batch(dataset, bars(first=40, add=1.0, segment="s2"), 2))
+    since, until = START + timedelta(hours=70), START + timedelta(hours=80)
+    store.delete(dataset, Filter(["NA"], since, until))
+    rows = rows_of(store, dataset)
+    assert_frame_equal(store.fingerprints(dataset, recipe), expected_fingerprints(rows, recipe))
+    one = rows.filter(pl.col("symbol") == "NA", pl.col("ts") < until)
+    found = store.fingerprints(dataset, recipe, Filter(["NA"], until=until, columns=["close"]))
+    assert_frame_equal(found, expected_fingerprints(one, recipe))
+    with pytest.raises(SchemaError, match="'clse'"):
+        store.fingerprints(dataset, Recipe(b"seed", columns=["clse"]))
+
+
+def test_a_table_without_subject_or_time_has_fingerprints(store: Store, dataset: str):
+    needs(store, any_key=True)
+    recipe = Recipe(secrets.token_bytes(16), Period.MONTH)
+    codes = stamped(pl.DataFrame({"code": ["a", "b"], "name": ["A", None], "lot": [1, 100]}, INSTRUMENTS.polars()))
+    filled(store, dataset, codes, INSTRUMENTS)
+    assert_frame_equal(store.fingerprints(dataset, recipe), expected_fingerprints(codes, recipe, INSTRUMENTS))
+    days = [date(1969, 12, 31), date(1970, 1, 1), date(2001, 2, 28), date(2001, 3, 1)]
+    sessions = stamped(pl.DataFrame({"day": days, "open": [True, False, None, True]}, SESSIONS.polars()))
+    filled(store, f"{dataset}s", sessions, SESSIONS)
+    assert_frame_equal(store.fingerprints(f"{dataset}s", recipe), expected_fingerprints(sessions, recipe, SESSIONS))
+
+
 # more than one process, and death at any instant
 
 
@@ -806,7 +856,7 @@ def columns_of(able: Capabilities) -> dict[str, st.SearchStrategy]:
 
 @given(data=st.data())
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_frame_comes_back_as_it_went(store: Store, data: st.DataObject):
+def test_any_frame_comes_back_as_it_went_with_the_fingerprints_of_any_other_store(store: Store, data: st.DataObject):
     able = store.capabilities
     each = columns_of(able)
     days = st.dates(date(1905, 1, 1), date(2149, 1, 1)).map(lambda day: storable_day(able, day))
@@ -835,6 +885,12 @@ def test_any_frame_comes_back_as_it_went(store: Store, data: st.DataObject):
     )
     found = store.scan(dataset, Filter(system=True)).collect()
     assert not differences(found, frame, WIDE.key)
+    scales = {"double": data.draw(st.sampled_from([1, 1e8, 3.7e11])), "single": 1e15}
+    for columns in (None, [name for name in WIDE.names if name != "text"]):
+        recipe = Recipe(
+            data.draw(st.binary(min_size=1, max_size=4)), data.draw(st.sampled_from(Period)), columns, scales
+        )
+        assert_frame_equal(store.fingerprints(dataset, recipe), expected_fingerprints(frame, recipe, WIDE))
 
 
 @st.composite
