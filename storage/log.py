@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
+    from storage.fingerprints import Recipe
+
 NOT_A_TABLE = (
     "table: a log of batches is followed (`marketsync follow`, `from marketsync import follow`) and not read as a "
     "table; ask a store that has tables."
@@ -233,6 +235,9 @@ class LogStore:
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         self._refuse("be asked how many rows it has")
+
+    def fingerprints(self, dataset: str, recipe: Recipe, filter: Filter = Filter()) -> pl.DataFrame:
+        self._refuse("be compared by fingerprints")
 
     def query(self, sql: str) -> pl.DataFrame:
         self._refuse("be asked in SQL")

@@ -45,6 +45,7 @@ from test_conformance import (  # noqa: F401 - collected here, with the fixtures
 
 from marketsync.errors import CapabilityError, ConfigurationError, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.fingerprints import Recipe
 from storage.following import follow
 from storage.log import LogStore
 from storage.protocol import Filter, Mode, Written
@@ -200,7 +201,11 @@ def test_what_a_log_cannot_be_asked_is_refused_with_what_to_do(log: LogStore, da
     published(log, dataset, 1)
     assert not log.capabilities.table
     assert "followed" in log.capabilities.why
-    for ask in (log.scan, log.arrow, log.watermarks, log.count, log.query):
+
+    def compared(name: str) -> object:
+        return log.fingerprints(name, Recipe(b"seed"))
+
+    for ask in (log.scan, log.arrow, log.watermarks, log.count, log.query, compared):
         with pytest.raises(CapabilityError, match=r"marketsync follow .* a store of the plan that has tables"):
             ask(dataset)
     assert log.info(dataset).rows == 1
