@@ -250,6 +250,22 @@ def test_of_two_who_believe_that_a_lane_is_theirs_each_batch_is_there_once(engin
         store.close()
 
 
+def test_a_publisher_whose_lane_went_on_without_it_is_refused(nats: str, dataset: str):
+    stale, other = (LogPlace(nats).log() for _ in range(2))
+    published(stale, dataset, 1)
+    ask = stale.journal.committed
+    known = ask(dataset, "lane")
+    other.write(batch(dataset, bars(first=200), 2))
+    stale.journal.committed = lambda *_: known  # it looked before the other one had published
+    with pytest.raises(StoreError, match="another process has published to lane lane"):
+        stale.write(batch(dataset, bars(first=200), 2))
+    stale.journal.committed = ask
+    assert stale.write(batch(dataset, bars(first=200), 2)) == Written(already=True)
+    assert ids(nats, dataset) == ["lane:1", "lane:2"]
+    for store in (stale, other):
+        store.close()
+
+
 def kill_publishers(place: LogPlace, name: str, kills: range) -> None:
     """Kill a publisher of batches in several parts, again and again on one lane, and go on where it was."""
     url = joined(place.url, f"{IN_PARTS}&format=json")
