@@ -250,16 +250,16 @@ def test_of_two_who_believe_that_a_lane_is_theirs_each_batch_is_there_once(engin
         store.close()
 
 
-def test_a_publisher_whose_lane_went_on_without_it_is_refused(nats: str, dataset: str):
+def test_a_publisher_whose_lane_went_on_without_it_is_refused(nats: str, dataset: str, monkeypatch: pytest.MonkeyPatch):
     stale, other = (LogPlace(nats).log() for _ in range(2))
     published(stale, dataset, 1)
-    ask = stale.journal.committed
-    known = ask(dataset, "lane")
+    known = stale.journal.committed(dataset, "lane")
     other.write(batch(dataset, bars(first=200), 2))
-    stale.journal.committed = lambda *_: known  # it looked before the other one had published
+    # it looked before the other one had published
+    monkeypatch.setattr(stale.journal, "committed", lambda dataset, lane: known)
     with pytest.raises(StoreError, match="another process has published to lane lane"):
         stale.write(batch(dataset, bars(first=200), 2))
-    stale.journal.committed = ask
+    monkeypatch.undo()
     assert stale.write(batch(dataset, bars(first=200), 2)) == Written(already=True)
     assert ids(nats, dataset) == ["lane:1", "lane:2"]
     for store in (stale, other):
