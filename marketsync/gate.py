@@ -27,6 +27,7 @@ REJECTED = {"column": pl.String(), "reason": pl.String(), "raw": pl.String()}
 OUTSIDE = "outside the window asked for"
 _EXACT = 2**53  # below this, every whole number is exact in a 64-bit float
 _FIRST_SECOND, _END_SECOND = -62_135_596_800, 253_402_300_800  # years 1 to 9999, in Unix seconds
+_FIRST_NANO_SECOND, _END_NANO_SECOND = -9_214_560_000, 9_214_646_400  # years 1678 to 2261
 _TEMPORAL = (ColumnType.DATE, ColumnType.DATETIME, ColumnType.DATETIME_NS)
 _WHOLE = (ColumnType.I32, ColumnType.I64, ColumnType.U64)
 _REAL = (ColumnType.F32, ColumnType.F64)
@@ -541,9 +542,10 @@ def _from_unix(raw: pl.Series, form: str, spec: Field_) -> pl.Series:
 
 def _scaled_time(raw: pl.Series, per_second: int, spec: Field_) -> pl.Series:
     """Return times of numbers counted `per_second`; floats are rounded to the column's unit."""
-    edge = (2**63 - 1) // 1_000_000_000 if spec.type is ColumnType.DATETIME_NS else _END_SECOND
-    least = max(max(_FIRST_SECOND, -edge) * per_second, -(2**63) + 1)
-    most = min(edge * per_second, 2**63 - 1)
+    nanos = spec.type is ColumnType.DATETIME_NS
+    first, end = (_FIRST_NANO_SECOND, _END_NANO_SECOND) if nanos else (_FIRST_SECOND, _END_SECOND)
+    least = max(first * per_second, -(2**63) + 1)
+    most = min(end * per_second, 2**63 - 1)
     inside = (raw >= least) & (raw < most)
     if not inside.all():
         raw = raw.set(~inside.fill_null(True), None)

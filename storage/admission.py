@@ -27,9 +27,14 @@ _LEAST = {
     ColumnType.F64: -1.7976931348623157e308,
 }
 _FLOATS = (ColumnType.F32, ColumnType.F64)
-_DAY = {ColumnType.DATE: 1, ColumnType.DATETIME: 86_400_000_000}  # what one day counts; 64 bits of ns reach no year 1
-_FIRST_DAY = date.min.toordinal() - date(1970, 1, 1).toordinal()
-_LAST_DAY = date.max.toordinal() - date(1970, 1, 1).toordinal()
+_EPOCH = date(1970, 1, 1).toordinal()
+_DAY = {  # what one day counts
+    ColumnType.DATE: 1,
+    ColumnType.DATETIME: 86_400_000_000,
+    ColumnType.DATETIME_NS: 86_400_000_000_000,
+}
+_ALL_YEARS = (1, 9999)
+_YEARS = {ColumnType.DATETIME_NS: (1678, 2261)}  # the whole ones that 64 bits reach
 
 
 def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capabilities) -> pl.DataFrame:
@@ -100,9 +105,11 @@ def _years(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
         if low is None or high is None:
             continue
         day = _DAY[column.type]
-        if int(low) // day < _FIRST_DAY or int(high) // day > _LAST_DAY:  # pyright: ignore[reportArgumentType]
+        since, last = _YEARS.get(column.type, _ALL_YEARS)
+        first_day, last_day = (each.toordinal() - _EPOCH for each in (date(since, 1, 1), date(last, 12, 31)))
+        if int(low) // day < first_day or int(high) // day > last_day:  # pyright: ignore[reportArgumentType]
             raise SchemaError(
-                f"column {column.name!r} of a frame for {dataset} has times outside of the years 1 to 9999; "
+                f"column {column.name!r} of a frame for {dataset} has times outside of the years {since} to {last}; "
                 "check the unit that the definition gives it (s, ms, us, ns)"
             )
 

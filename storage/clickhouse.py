@@ -270,8 +270,8 @@ class ClickHouseStore:
             return lazyframes.watermarks(self.scan(dataset), dataset, schema)
         table, newest = _table_name(dataset), f"max({_quoted(schema.time)}) AS newest"
         deleted = self._frame(f"SELECT count() AS n FROM {table} WHERE {_DELETED} = 1")["n"][0]
-        # versions of one key have one time when it is in the key, so the last version need not be looked for
-        final = "FINAL" if deleted or schema.time not in schema.key else ""
+        # versions of one key say the same of what is in the key, so the last version need not be looked for
+        final = "FINAL" if deleted or not {schema.time, schema.subject} - {None} <= set(schema.key) else ""
         if schema.subject is None:
             rows, at = self._frame(f"SELECT count() AS n, {newest} FROM {table} {final}").row(0)
             return {lazyframes.EVERY_SUBJECT: at} if rows and at is not None else {}

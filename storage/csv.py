@@ -12,6 +12,7 @@ change writes the file anew. Which files a write exchanges stands in `_journal.j
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta
+from datetime import MAXYEAR, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -54,6 +55,7 @@ _TABLE = "_schema.json"
 _JOURNAL = "_journal.json"
 _LOCK = "_lock"
 _NEW = "_new"
+_NULL_FILE = "~null.csv"  # of rows without a subject, where it may be null
 _TAIL_BYTES = 256
 _FILE = "__file"
 _PLAIN = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,99}(?<!\.)")
@@ -223,10 +225,9 @@ class CsvStore:
             return lazyframes.watermarks(self.scan(dataset), dataset, state.schema)
         newest: dict[str, datetime | date] = {}
         for entry in state.files.values():
-            if entry.last is not None:
-                newest[lazyframes.EVERY_SUBJECT if entry.subject is None else entry.subject] = _moment(
-                    entry.last, state.schema
-                )
+            subject = lazyframes.EVERY_SUBJECT if state.schema.subject is None else entry.subject
+            if entry.last is not None and subject is not None:
+                newest[subject] = _moment(entry.last, state.schema)
         return newest
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
@@ -560,11 +561,10 @@ def _by_file(dataset: str, frame: pl.DataFrame, schema: Schema) -> dict[str, tup
     if schema.subject is None:
         return {file_name(dataset, None): (None, frame)}
     parts = frame.partition_by(schema.subject, maintain_order=True, as_dict=True)
-    return {_named(dataset, subject): (subject, rows) for (subject,), rows in parts.items()}
-
-
-def _named(dataset: str, subject: object) -> str:
-    return file_name(dataset, "" if subject is None else str(subject))
+    return {
+        _NULL_FILE if subject is None else file_name(dataset, str(subject)): (subject, rows)
+        for (subject,), rows in parts.items()
+    }
 
 
 def _change(dataset: str, schema: Schema, split: classify.Split, out: dict[str, pl.DataFrame]) -> _Change:
@@ -625,7 +625,7 @@ def _meets(low: Any, high: Any, entry: _Entry, schema: Schema) -> bool:
     if entry.since is None or entry.last is None:
         return True
     since, last = _moment(entry.since, schema), _moment(entry.last, schema)
-    if isinstance(last, datetime):
+    if isinstance(last, datetime) and last.year < MAXYEAR:
         last += timedelta(microseconds=1)  # Python cuts nanoseconds
     return (low is None or low <= last) and (high is None or since <= high)
 
@@ -697,7 +697,8 @@ def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
     times[INGESTED_COLUMN] = ColumnType.DATETIME
     types = {name: pl.String() if name in times else type_ for name, type_ in schema.polars(system=True).items()}
     try:
-        rows = pl.read_csv(content, schema_overrides=types, infer_schema=False)
+        there = {name: types.get(name, pl.String()) for name in _header(content)}
+        rows = pl.read_csv(content, has_header=False, skip_lines=1, schema=there)
         return rows.select(list(types)).with_columns(
             pl.col(name)
             .str.head(-1)
@@ -709,6 +710,11 @@ def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
         )
     except pl.exceptions.PolarsError as error:
         raise StoreError(f"{path} cannot be read as the table's schema says: {error}") from error
+
+
+def _header(content: bytes) -> list[str]:
+    """Return the names of a file's columns; polars would give a quotation mark in a name back doubled."""
+    return next(csv.reader([content[: content.index(b"\n")].decode()]))
 
 
 def _empty(schema: Schema) -> pl.DataFrame:

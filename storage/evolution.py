@@ -55,10 +55,13 @@ def check(dataset: str, schema: Schema) -> None:
 
     seen: dict[str, str] = {}
     for name in schema.names:
-        if not name or name in (*SYSTEM_COLUMNS, PERIOD_COLUMN):
+        # two underscores are how the columns begin that stores add while they work
+        if not name or name in (*SYSTEM_COLUMNS, PERIOD_COLUMN) or name.startswith("__"):
             refuse(f"the column name {name!r} is reserved; rename the column in the definition (as: ...)")
         if any(character in name for character in " ,;{}()\n\t=\0"):
             refuse(f"the column name {name!r} has a space or one of ,;{{}}()= in it; rename it in the definition")
+        if name == "*" or (name.startswith("^") and name.endswith("$")):
+            refuse(f"the column name {name!r} would be read as a pattern for names; rename it in the definition")
         if name.lower() in seen:
             refuse(f"columns {seen[name.lower()]!r} and {name!r} differ only by case; rename one in the definition")
         seen[name.lower()] = name

@@ -18,8 +18,9 @@ from storage.protocol import Filter
 if TYPE_CHECKING:
     import polars as pl
 
-_FIRST_NANO = datetime(1677, 9, 22, tzinfo=UTC)
-_LAST_NANO = datetime(2262, 4, 11, tzinfo=UTC)
+# admission lets in the years between these
+_FIRST_NANO = datetime(1678, 1, 1, tzinfo=UTC)
+_LAST_NANO = datetime(2262, 1, 1, tzinfo=UTC)
 
 
 def bounds(dataset: str, filter: Filter, schema: Schema) -> tuple[date | datetime | None, date | datetime | None]:
@@ -91,7 +92,11 @@ def _day(bound: date | datetime) -> date:
     if not isinstance(bound, datetime):
         return bound
     moment = _instant(bound)
-    return moment.date() if moment.time() == time.min else moment.date() + timedelta(days=1)
+    if moment.time() == time.min:
+        return moment.date()
+    if moment.date() == date.max:
+        raise _beyond(bound)
+    return moment.date() + timedelta(days=1)
 
 
 def _nano(bound: date | datetime) -> datetime:
@@ -104,7 +109,14 @@ def _instant(bound: date | datetime) -> datetime:
         return datetime.combine(bound, time.min, UTC)
     if bound.tzinfo is None:
         raise SchemaError(f"the bound {bound.isoformat()} has no time zone; give an aware datetime (UTC) or a date")
-    return bound.astimezone(UTC)
+    try:
+        return bound.astimezone(UTC)
+    except OverflowError:
+        raise _beyond(bound) from None
+
+
+def _beyond(bound: datetime) -> SchemaError:
+    return SchemaError(f"the bound {bound.isoformat()} is beyond the first or the last day there is; leave it out")
 
 
 def refuse_outside(dataset: str, frame: pl.DataFrame, span: Filter, schema: Schema) -> None:

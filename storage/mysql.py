@@ -99,6 +99,7 @@ _LOST = (0, 2006, 2013, 2014, 2055, 4031)
 _DUPLICATE = 1062
 # values that an ALTER would not keep: duplicates, wrong, too long or too large; an index that is
 _NOT_KEPT = (_DUPLICATE, 1138, 1264, 1265, 1292, 1366, 1406, 1071, 1170)
+_SAME_NAME = 1060
 # what fails for reasons that are not in the text of a query: connections, rights to enter, memory, disks, locks, time
 _NOT_THE_QUERY = {*_AGAIN, *_LOST, 1021, 1037, 1038, 1040, 1041, 1043, 1044, 1045, 1053, 1129, 1130, 1158, 1159, 1160}
 _NOT_THE_QUERY |= {1161, 1203, 1226, 1317, 1969, 2002, 2003, 2005, 2026, 3024}
@@ -496,6 +497,11 @@ class MySQLStore:
             remedy = ""
             if isinstance(error, pymysql.OperationalError) and _code(error) in (1045, 1049, 2003, 2005):
                 remedy = "; is the server up, and does the URL name its host, database, user and password?"
+            if _code(error) == _SAME_NAME:  # the engine takes A, a and á for one letter
+                raise SchemaError(
+                    f"MySQL {self.url}, {what}: {why}; to this engine two names are one: rename a column in the "
+                    "definition (as: ...)"
+                ) from error
             raise StoreError(f"MySQL {self.url}, {what}: {why}{remedy}") from error
 
     def _done(self, what: str, act: Callable[[Cursor], Result]) -> Result:
@@ -696,17 +702,16 @@ class MySQLStore:
 
         able = replace(self.capabilities, longest_key=longest_key(dataset, stored))
         frame, absent = evolution.fit(dataset, admission.admit(dataset, frame, sent, able), sent, stored)
+        known = [column for column in stored.columns if column.name not in absent]
         casts = []
-        for column in stored.columns:
+        for column in known:
             if column.type in (ColumnType.F32, ColumnType.F64):
                 # the sum with 0.0 is the same number, and no -0.0: MariaDB turns that into 0.0 anyway
                 casts.append(pl.col(column.name).cast(pl.Float64) + 0.0)
             elif column.type is ColumnType.BOOL:
                 casts.append(pl.col(column.name).cast(pl.Int8))
         # in the order of the key, in which the engine keeps them
-        return frame.drop(absent).with_columns(casts).sort(stored.key), [
-            c for c in stored.columns if c.name not in absent
-        ]
+        return frame.drop(absent).with_columns(casts).sort(stored.key), known
 
     def _stage(self, cursor: Cursor, dataset: str, schema: Schema, frame: pl.DataFrame) -> None:
         must = evolution.required(schema)

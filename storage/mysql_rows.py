@@ -84,7 +84,7 @@ def parsed(
     lined = {name: type_ for name, type_ in types.items() if name not in long}
     frame = _lines(fields.pop(0), lined, short) if lined else pl.DataFrame()
     texts = [pl.Series(name, values, pl.String) for name, values in zip(long, fields, strict=True)]
-    return frame.with_columns(texts).select(list(types))
+    return pl.DataFrame([*frame.get_columns(), *texts]).select(list(types))
 
 
 def _lines(lines: Sequence[str | None], types: dict[str, pl.DataType], short: Sequence[str]) -> pl.DataFrame:
@@ -114,7 +114,7 @@ def _lines(lines: Sequence[str | None], types: dict[str, pl.DataType], short: Se
         else:
             read[name] = type_
     if len(read) == 1:
-        read["only"] = pl.String()
+        read[""] = pl.String()  # the part that `selected` adds; no column has this name
     text = "\n".join(lines).encode()  # pyright: ignore[reportArgumentType, reportCallIssue]
     frame = pl.read_csv(text, has_header=False, schema=read, quote_char=None)
     return frame.with_columns(casts).select(list(types))

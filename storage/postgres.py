@@ -56,6 +56,7 @@ CAPABILITIES = Capabilities(
 _COMMITS = "_marketsync_commits"
 _STAGE = "_marketsync_stage"
 _LONGEST_NAME = 63  # bytes; the engine would cut a longer one without a word
+_OWN_NAMES = {"tableoid", "ctid", "xmin", "xmax", "cmin", "cmax"}
 _COPIED_ROWS = 50_000
 _LISTED_SUBJECTS = 1_000
 _PARTITIONS = ("none", "month", "year")
@@ -98,7 +99,7 @@ class PostgresStore:
 
     def ensure(self, dataset: str, schema: Schema) -> str:
         evolution.check(dataset, schema)
-        self._refuse_long_names(dataset, schema)
+        self._refuse_names(dataset, schema)
         with self._transaction(f"making the table of {dataset}") as cursor:
             # two processes that create one table at once would each find it missing
             cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
@@ -286,7 +287,7 @@ class PostgresStore:
         from storage.adoption_sql import counted
 
         evolution.check(dataset, schema)
-        self._refuse_long_names(dataset, schema)
+        self._refuse_names(dataset, schema)
         with self._transaction(f"adopting the table of {dataset}") as cursor:
             cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
             with suppress(ForeignTable):
@@ -416,7 +417,12 @@ class PostgresStore:
             raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
         return found
 
-    def _refuse_long_names(self, dataset: str, schema: Schema) -> None:
+    def _refuse_names(self, dataset: str, schema: Schema) -> None:
+        if own := sorted(_OWN_NAMES & set(schema.names)):
+            raise SchemaError(
+                f"{dataset} cannot become a table in PostgreSQL: the engine has a column {own[0]!r} in every table; "
+                "rename it in the definition (as: ...)"
+            )
         for name in (*location.split(dataset), *schema.names):
             if len(name.encode()) > _LONGEST_NAME:
                 raise SchemaError(

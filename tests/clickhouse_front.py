@@ -38,6 +38,7 @@ def main(folder: str) -> None:
 
     class Front(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # head and body in one packet: the second of two waits for the first to be acknowledged
 
         def do_GET(self) -> None:
             self.answer(200, b"Ok.\n")
