@@ -1,6 +1,6 @@
 """ClickHouse's HTTP interface in front of chDB, so that the way over the network can be tried with the real engine.
 
-    python clickhouse_front.py FOLDER   prints the port it listens on (loopback), and serves until its stdin ends
+    python clickhouse_front.py FOLDER PORT   says on stdout that it listens (loopback), and serves until its stdin ends
 
 Statements come in the body, or in `query` with the rows of an INSERT as the body; other parameters are settings. One
 statement at a time; no users, sessions, compression or external data.
@@ -29,7 +29,7 @@ INSERT = re.compile(
 FORMAT = re.compile(r"(?is)^(.*)\bFORMAT\s+(\w+)\s*$")
 
 
-def main(folder: str) -> None:
+def main(folder: str, port: int) -> None:
     writing = clickhouse_connect.get_client(interface="chdb", path=folder)
     # a setting of one statement stays with chDB's connection when it is the one that forbids to change settings
     reading = clickhouse_connect.get_client(interface="chdb", path=folder, settings={"readonly": 2})
@@ -102,7 +102,7 @@ def main(folder: str) -> None:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Front)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
@@ -113,4 +113,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mortal_server import Server, free_port
+
 
 def clickhouse_client(url: str) -> Any:
     """A client as anybody would open it."""
@@ -25,23 +27,39 @@ def clickhouse_client(url: str) -> Any:
 @contextmanager
 def private_clickhouse() -> Iterator[str]:
     """Start the front with an empty folder and yield the URL of a store on it."""
+    with mortal_clickhouse() as server:
+        yield server.url
+
+
+@contextmanager
+def mortal_clickhouse() -> Iterator[Server]:
+    """Start a front that can be killed and started again."""
+    port = free_port()
+    running: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory(prefix="clickhouse-") as folder:
-        front = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("clickhouse_front.py")), folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert front.stdin is not None
-        assert front.stdout is not None
+
+        def start() -> None:
+            front = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("clickhouse_front.py")), folder, str(port)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            running.append(front)
+            assert front.stdout is not None
+            assert front.stdout.readline().strip(), "the front of chDB did not start"
+
+        def kill() -> None:
+            running[-1].kill()
+            running[-1].communicate()
+
         try:
-            port = front.stdout.readline().strip()
-            assert port, "the front of chDB did not start"
-            yield f"clickhouse://127.0.0.1:{port}/"
+            start()
+            yield Server(f"clickhouse://127.0.0.1:{port}/", start, kill)
         finally:
-            front.stdin.close()
-            try:
-                front.wait(30)
-            except subprocess.TimeoutExpired:
-                front.kill()
-                front.wait()
+            front = running[-1]
+            if front.poll() is None:
+                try:
+                    front.communicate(timeout=30)
+                except subprocess.TimeoutExpired:
+                    kill()

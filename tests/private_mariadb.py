@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from mortal_server import Server, free_port
 from private_tls import made_certificates
 
 USER = "market"
@@ -32,18 +32,25 @@ def installed() -> bool:
 @contextmanager
 def private_mariadb() -> Iterator[str]:
     """Start a server and yield a URL of it without a database, for a user who may make databases."""
+    with mortal_mariadb() as server:
+        yield server.url
+
+
+@contextmanager
+def mortal_mariadb(*options: str) -> Iterator[Server]:
+    """Start a server that can be killed and started again; `options` are further ones of its command line."""
     folder = Path(tempfile.mkdtemp(prefix="mariadb-"))
     other = "nobody" if os.geteuid() == 0 else None
     try:
         if other is not None:
             os.chown(folder, pwd.getpwnam(other).pw_uid, -1)
         data, log = folder / "data", folder / "log"
-        start = folder / "start.sql"
-        start.write_text(
-            f"CREATE USER '{USER}'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}';\n"
+        users = folder / "users.sql"
+        users.write_text(
+            f"CREATE USER IF NOT EXISTS '{USER}'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}';\n"
             f"GRANT ALL PRIVILEGES ON *.* TO '{USER}'@'127.0.0.1' WITH GRANT OPTION;\n"
         )
-        start.chmod(0o644)
+        users.chmod(0o644)
         certificates = made_certificates(folder)
         with log.open("wb") as said:
             subprocess.run(
@@ -61,39 +68,43 @@ def private_mariadb() -> Iterator[str]:
                 cwd="/",
                 check=True,
             )
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            server = subprocess.Popen(
-                [
-                    _program("mariadbd"),
-                    "--no-defaults",
-                    f"--datadir={data}",
-                    f"--socket={folder / 'socket'}",
-                    f"--pid-file={folder / 'pid'}",
-                    f"--tmpdir={folder}",
-                    f"--init-file={start}",
-                    "--bind-address=127.0.0.1",
-                    f"--port={port}",
-                    "--skip-name-resolve",
-                    f"--ssl-ca={certificates / 'ca.pem'}",
-                    f"--ssl-cert={certificates / 'server.pem'}",
-                    f"--ssl-key={certificates / 'server.key'}",
-                    # what a server has that nobody has set up: the store must not depend on it
-                    "--character-set-server=latin1",
-                    "--default-time-zone=+05:30",
-                ],
-                user=other,
-                stdout=said,
-                stderr=said,
-                cwd="/",
-            )
+        port = free_port()
+        command = [
+            _program("mariadbd"),
+            "--no-defaults",
+            f"--datadir={data}",
+            f"--socket={folder / 'socket'}",
+            f"--pid-file={folder / 'pid'}",
+            f"--tmpdir={folder}",
+            f"--init-file={users}",
+            "--bind-address=127.0.0.1",
+            f"--port={port}",
+            "--skip-name-resolve",
+            f"--ssl-ca={certificates / 'ca.pem'}",
+            f"--ssl-cert={certificates / 'server.pem'}",
+            f"--ssl-key={certificates / 'server.key'}",
+            # what a server has that nobody has set up: the store must not depend on it
+            "--character-set-server=latin1",
+            "--default-time-zone=+05:30",
+            *options,
+        ]
+        running: list[subprocess.Popen] = []
+
+        def start() -> None:
+            with log.open("ab") as said:
+                running.append(subprocess.Popen(command, user=other, stdout=said, stderr=said, cwd="/"))
+            _wait(running[-1], port, log)
+
+        def kill() -> None:
+            running[-1].kill()
+            running[-1].wait()
+
         try:
-            _wait(server, port, log)
-            yield f"mysql://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}"
+            start()
+            yield Server(f"mysql://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}", start, kill)
         finally:
-            server.kill()
-            server.wait()
+            if running:
+                kill()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

