@@ -41,8 +41,8 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     """Return the frame with the schema's columns and the system columns, in order.
 
     Raises `SchemaError` that names the column and the count for: a missing or unknown column, another type, a null
-    in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999, and values that the
-    engine's capabilities say it would not give back.
+    in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999, a NaN in the key, and values that
+    the engine's capabilities say it would not give back.
     """
     types = schema.polars(system=True)
     _columns(dataset, frame, types)
@@ -127,6 +127,9 @@ def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tupl
         yield finer, "finer than a microsecond", "declare the column datetime or i64, or use another store"
     if column.type in _FLOATS and not able.nan:
         yield ~value.is_finite(), "NaN or infinite", "map them to null in the definition, or use another store"
+    if column.type in _FLOATS and column.name in schema.key:
+        what = "NaN in the key, which equals nothing, so that no such row would ever be found again"
+        yield value.is_nan(), what, "quarantine those rows, or take the column out of the key"
     if column.type in _DAY.keys() | {ColumnType.DATETIME_NS} and able.days is not None:
         first, last = able.days
         day = value if column.type is ColumnType.DATE else value.dt.date()

@@ -158,7 +158,7 @@ def _written(values: pl.Series, type_: ColumnType) -> pl.Series:
     if type_ is ColumnType.BOOL:
         return values.cast(pl.Int8).cast(pl.String)
     if type_ in (ColumnType.F32, ColumnType.F64):
-        return (values + 0.0).cast(pl.String)  # 0.0 and -0.0 are one key
+        return values.set(values == 0, 0.0).cast(pl.String)  # 0.0 and -0.0 are one key
     if type_ is ColumnType.U64:
         return values.cast(pl.String).str.zfill(20)
     n = pl.col("n")

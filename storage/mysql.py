@@ -706,8 +706,9 @@ class MySQLStore:
         casts = []
         for column in known:
             if column.type in (ColumnType.F32, ColumnType.F64):
-                # the sum with 0.0 is the same number, and no -0.0: MariaDB turns that into 0.0 anyway
-                casts.append(pl.col(column.name).cast(pl.Float64) + 0.0)
+                # no -0.0: MariaDB turns that into 0.0 anyway, MySQL does not, and to both they are equal
+                number = pl.col(column.name).cast(pl.Float64)
+                casts.append(pl.when(number == 0).then(0.0).otherwise(number).alias(column.name))
             elif column.type is ColumnType.BOOL:
                 casts.append(pl.col(column.name).cast(pl.Int8))
         # in the order of the key, in which the engine keeps them

@@ -113,7 +113,8 @@ def say(text: object) -> None:
 def main(url: str, dataset: str, first: int, rows: int, log: str) -> None:
     done = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     store = open_store(url)
-    store.ensure(dataset, schema_of(first - 1) if first else BARS)
+    if store.schema(dataset) is None:
+        store.ensure(dataset, BARS)
     say("ready")
     sys.stdin.readline()
     number = first

@@ -312,7 +312,8 @@ class Maker:
                 values = (*values, 2**63, 2**64 - 1, 10**19)
             return chance.choice(values)
         if column.type in (T.F32, T.F64):
-            return self._float(column.type)
+            value = self._float(column.type)
+            return 0.5 if in_key and math.isnan(value) and not self.wild else value
         far = (self.wild or self.far) and chance.random() < 0.2
         if column.type is T.DATE:
             return (chance.choice(FAR_DAYS if far else DAYS) - date(1970, 1, 1)).days

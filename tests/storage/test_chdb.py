@@ -89,17 +89,6 @@ def test_only_what_reads_is_a_query(store):
     assert store.marker(NAME)
 
 
-def test_no_null_becomes_a_zero(store):
-    store.ensure("made.instruments", INSTRUMENTS)
-    frame = stamped(pl.DataFrame({"code": ["a"], "name": [None], "lot": [None]}, INSTRUMENTS.polars()))
-    with pytest.raises(SchemaError, match=r"'lot'.*null in 1"):
-        store.write(batch("made.instruments", frame, schema=INSTRUMENTS))
-    looser = Schema((*INSTRUMENTS.columns[:2], Column("lot", ColumnType.I32)), INSTRUMENTS.key)
-    store.ensure("made.instruments", looser)
-    store.write(batch("made.instruments", frame, schema=looser))
-    assert store.scan("made.instruments").collect().rows() == [("a", None, None)]
-
-
 @pytest.mark.parametrize("day", [date(1899, 12, 31), date(2300, 1, 1)])
 def test_times_that_the_engine_would_move_are_refused(store, day: date):
     schema = Schema((Column("day", ColumnType.DATE), Column("seen", ColumnType.DATE)), ("day",), "day")

@@ -177,15 +177,6 @@ def test_reserved_words_quotes_and_percent_signs_are_names_like_others(store):
 # keys
 
 
-def test_keys_that_differ_by_case_or_by_a_space_at_the_end_are_different(store):
-    frame = bars(("abc", "ABC", "abc ", "äbc", "abc\0"), rows=2)
-    store.ensure(DATASET, BARS)
-    assert store.write(batch(DATASET, frame)) == Written(inserted=10)
-    assert store.write(batch(DATASET, frame, 2)) == Written(unchanged=10)
-    assert store.count(DATASET, Filter(["abc "])) == 2
-    assert set(store.watermarks(DATASET)) == {"abc", "ABC", "abc ", "äbc", "abc\0"}
-
-
 def test_a_key_that_is_longer_than_an_index_takes_is_refused_and_not_cut(store):
     store.ensure(DATASET, BARS)
     assert store.write(batch(DATASET, bars(("é" * 255,), rows=1), 1)) == Written(inserted=1)
