@@ -41,8 +41,8 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     """Return the frame with the schema's columns and the system columns, in order.
 
     Raises `SchemaError` that names the column and the count for: a missing or unknown column, another type, a null
-    in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999, a NaN in the key, and values that
-    the engine's capabilities say it would not give back.
+    in a key or non-nullable column, a key that occurs twice or is NaN, a time outside the years 1 to 9999 (1678 to
+    2261 in nanoseconds), and values that the engine's capabilities say it would not give back.
     """
     types = schema.polars(system=True)
     _columns(dataset, frame, types)

@@ -665,8 +665,11 @@ def _why(error: Exception) -> str:
         why = (error.details or {}).get("errmsg", why)
         remedy = _REMEDIES.get(error.code or 0, "")
     elif isinstance(error, ServerSelectionTimeoutError):
-        why = why.partition(", Timeout:")[0]
+        # a server that lets a user in no more is looked for as if it were down
+        refused = "AuthenticationFailed" in why
+        why = why.partition(", full error:" if refused else ", Timeout:")[0]
         remedy = "is the server up, and does the URL name its hosts, its replica set and whether it speaks TLS?"
+        remedy = _REMEDIES[18] if refused else remedy
     elif isinstance(error, NetworkTimeout):
         remedy = "is the server busy, or the network slow? Add ?socketTimeoutMS=... for longer"
     return " ".join(why.split()) + (f"; {remedy}" if remedy else "")

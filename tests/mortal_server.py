@@ -1,4 +1,4 @@
-"""A server of the tests' own that can die in the middle of its work and come back on the same port with the same data."""
+"""A server of the tests' own that can die in the middle of its work, and come back on its port with its data."""
 
 from __future__ import annotations
 

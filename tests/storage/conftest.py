@@ -109,6 +109,7 @@ LONG = (
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
     "test_acknowledged_rows_survive_a_kill_at_any_instant_exactly_once",
     "test_a_change_after_maintenance_finds_the_rows_as_before",
+    "test_two_processes_that_write_the_same_rows_end_as_if_one_had_come_after_the_other",
 )
 
 

@@ -20,7 +20,10 @@ from marketsync.schema import Column, ColumnType, Schema
 from storage.protocol import Filter, Mode, Store
 from storage.registry import open_store
 
-CYCLE = "append append upsert replace evolve upsert append maintain replace upsert delete append".split()
+CYCLE = (
+    *("append", "append", "upsert", "replace", "evolve", "upsert"),
+    *("append", "maintain", "replace", "upsert", "delete", "append"),
+)
 BEFORE = {2: 1, 3: 1, 5: 1, 8: 6, 9: 6}  # the append of the same cycle over whose rows these go again
 COLUMNS = 6  # so many are added, one in each cycle
 
@@ -54,7 +57,9 @@ def frame_of(number: int, rows: int) -> pl.DataFrame:
     if kind == "append":
         places = [(number, row) for row in range(rows)]
     elif kind == "upsert":
-        places = [(earlier(number), row) for row in range(rows // 2, rows)] + [(number, row) for row in range(rows // 2)]
+        places = [(earlier(number), row) for row in range(rows // 2, rows)] + [
+            (number, row) for row in range(rows // 2)
+        ]
     elif kind == "replace":
         places = [(earlier(number), row) for row in range(0, rows, 2)]
     values: dict[str, list] = {

@@ -1,7 +1,7 @@
 """A process that upserts the same rows again and again, beside another one that does so with half of them.
 
-Usage: rival_writer.py URL DATASET RIVAL BATCHES ROWS. Says `ready`, waits for a line, then says how many rows it has put
-in for the first time. Every row of a batch has the batch's number in all of its values.
+Usage: rival_writer.py URL DATASET RIVAL BATCHES ROWS. Says `ready`, waits for a line, then says how many rows it has
+put in for the first time. Every row of a batch has the batch's number in all of its values.
 """
 
 from __future__ import annotations

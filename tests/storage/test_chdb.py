@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from stored_frames import BARS, INSTRUMENTS, START, bars, batch, stamped
+from stored_frames import BARS, START, bars, batch, stamped
 
 import storage.chdb
 import storage.clickhouse

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import python
-from doomed_writer import CYCLE, Rows, hour, left_by, schema_of, what
+from doomed_writer import CYCLE, Rows, left_by, schema_of, what
 from mortal_server import Server
-from polars.testing import assert_frame_equal
 from stored_frames import BARS
 
 from storage.protocol import Filter, Store
@@ -100,8 +99,12 @@ class Doom:
 
     def wait_for(self, process: subprocess.Popen[str], deed: str) -> None:
         """Return at some instant of the deed, which is chosen from all of its time."""
+        downs = 0
         while not (line := self.hear(process, "begin", "down")).endswith(f" {deed}\n"):
-            assert line.startswith("begin"), line
+            if line.startswith("down"):  # a second connection of the store's may find out later
+                downs += 1
+                assert downs < 3, line
+                self.tell(process)
         if deed not in self.lasts:
             began = time.monotonic()
             self.hear(process, "begin")
@@ -211,7 +214,7 @@ def kill_servers(doom: Doom, server: Server, kills: int) -> None:
     doom.end()
 
 
-@pytest.mark.parametrize("engine", ["delta", "postgresql"])
+@pytest.mark.parametrize("engine", ["delta"])
 def test_a_writer_that_dies_in_the_middle_loses_and_doubles_nothing(doom: tuple[Doom, Server | None]):
     kill_writers(doom[0], 2)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_user_who_may_not_log_in_any_more(postgres, as_owner):
     def begin() -> None:
         as_owner(f"ALTER ROLE u_{name} NOLOGIN")
         as_owner(ended_connections(name))
-        with pytest.raises(StoreError, match="terminating|closed"):  # the connection that there was
+        with pytest.raises(StoreError, match=r"terminating|closed"):  # the connection that there was
             store.count(DATASET)
 
     end = lambda: as_owner(f"ALTER ROLE u_{name} LOGIN")  # noqa: E731
@@ -235,7 +236,7 @@ def test_a_mongodb_user_who_has_another_password_or_may_only_read():
         owner = server.url.replace("//", f"//tester:{quote(SECRET, safe='')}@")
         with pymongo.MongoClient(owner) as client:
 
-            def say(command: str, **more: object) -> None:
+            def say(command: str, **more: Any) -> None:
                 client["market"].command(command, "guest", **more)
 
             def anew() -> None:
@@ -243,7 +244,7 @@ def test_a_mongodb_user_who_has_another_password_or_may_only_read():
                 server.start()
 
             say("createUser", pwd=SECRET, roles=["readWrite"])
-            store = open_store(owner.replace("tester", "guest") + "market")
+            store = open_store(owner.replace("tester", "guest") + "market?serverSelectionTimeoutMS=1000")
             wrong = Trouble(
                 lambda: (say("updateUser", pwd="other"), anew()),
                 lambda: (say("updateUser", pwd=SECRET), anew()),
