@@ -133,6 +133,7 @@ FAR_NANOS = (-9_214_560_000_000_000_000, 9_214_646_399_999_999_999, -2_208_988_8
 WILD_NANOS = (-(2**63) + 1, 2**63 - 1, 9_223_286_400_000_000_000, 9_214_646_400_000_000_000, -9_214_560_000_000_000_001)
 
 Row = dict[str, object]
+ZERO, MINUS_ZERO = (struct.pack(">d", zero) for zero in (0.0, -0.0))
 
 
 def bits(value: object, type_: ColumnType) -> object:
@@ -164,6 +165,11 @@ def frame_of(rows: Sequence[Row], schema: Schema, segment: str) -> pl.DataFrame:
     return stamped(pl.DataFrame(columns), segment)
 
 
+def plain(value: object, able: Capabilities, *, in_key: bool = False) -> object:
+    """Return bits as the store keeps them: in a key, and where it tells no -0.0 from 0.0, that is 0.0."""
+    return ZERO if value == MINUS_ZERO and (in_key or not able.negative_zero) else value
+
+
 @dataclass
 class Table:
     """What a store must have: a dictionary of rows by their key."""
@@ -174,13 +180,9 @@ class Table:
 
     def taken(self, frame: pl.DataFrame, sent: Schema) -> dict[tuple, Row]:
         """Return the frame's rows by key, as this engine says that it keeps them."""
-        zero, minus = (struct.pack(">d", each) for each in (0.0, -0.0))
         found = {}
         for row in rows_of(frame.drop("_ingested_at"), sent):
-            if not self.able.negative_zero:
-                row = {name: zero if value == minus else value for name, value in row.items()}
-            # in a key 0.0 and -0.0 are one
-            row = {name: zero if value == minus and name in sent.key else value for name, value in row.items()}
+            row = {name: plain(value, self.able, in_key=name in sent.key) for name, value in row.items()}
             found[tuple(row[name] for name in sent.key)] = row
         return found
 
@@ -345,21 +347,23 @@ class Maker:
             return None
         values: Sequence = ()
         if column.type is T.STR:
-            values = TEXTS if chance.random() < 0.9 else LONG_TEXTS
+            values = TEXTS if chance.random() < 0.9 else LONG_TEXTS if self.far else LONG_TEXTS[:2]
             if (self.wild or able.nul) and chance.random() < 0.1:
                 values = NUL_TEXTS
             text = chance.choice(values)
-            # for one key of several texts an index has less room
-            return text if self.wild or not in_key else text[: min(able.longest_key or 4_000, 80)]
+            return text if self.wild else tame_text(text, able, in_key=in_key)
         if column.type is T.BOOL:
             return chance.random() < 0.5
         if column.type in NUMBERS:
             values = NUMBERS[column.type]
             if column.type is T.U64 and (self.wild or able.unsigned_64):
                 values = (*values, 2**63, 2**64 - 1, 10**19)
-            return chance.choice(values)
+            value = chance.choice(values)
+            return value if self.wild or able.least or value not in (-(2**31), -(2**63)) else 0
         if column.type in (T.F32, T.F64):
             value = self._float(column.type)
+            if not self.wild and not able.least and value in (-SINGLE_MAX, -1.7976931348623157e308):
+                return 0.5
             return 0.5 if in_key and math.isnan(value) and not self.wild else value
         far = (self.wild or self.far) and chance.random() < 0.2
         if column.type is T.DATE:
@@ -405,6 +409,16 @@ class Maker:
             if there and chance.random() < 0.6:
                 until = moment(chance.choice(there), type_)  # pyright: ignore
         return Filter(subjects, since, until)
+
+
+def tame_text(text: str, able: Capabilities, *, in_key: bool = False) -> str:
+    """Return the text as far as the store keeps it."""
+    if able.longest_text is not None:
+        text = text[: able.longest_text // 2]  # some characters count twice
+    if in_key:  # for one key of several texts an index has less room
+        text = text[: min(able.longest_key or 4_000, 80)]
+    text = text if able.final_return else text.rstrip("\r")
+    return text or ("" if able.empty_text else "none")
 
 
 def _same(value: object) -> object:

@@ -4,20 +4,22 @@ it went, down to its bits, or the whole batch is refused with `SchemaError` and 
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import polars as pl
 import pytest
-from hostile_frames import Row, days, frame_of, micros, rows_of
-from stored_frames import BARS, INSTRUMENTS, START, bars, batch, stamped
+from conftest import needs
+from hostile_frames import Row, days, frame_of, micros, plain, rows_of, tame_text
+from stored_frames import BARS, START, bars, batch, stamped
 
 from marketsync.errors import SchemaError
 from marketsync.schema import Column, ColumnType, Period, Schema
-from storage.protocol import Filter, Mode, Store, Written
+from storage.protocol import Capabilities, Filter, Mode, Store, Written
 
 T = ColumnType
-ZERO, MINUS_ZERO = (struct.pack(">d", zero) for zero in (0.0, -0.0))
+HOURS = micros(*(f"2001-02-0{day}T09:30" for day in range(1, 10)))
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ KNOWN = (
         ("\\", "a\\'b", '"', "'", "\r\n", "\r", "\\n"),
     ),
     Corruption("a text ends at its NUL", T.STR, ("a\0b", "\0", "abc\0"), "nul"),
-    Corruption("a long text is cut", T.STR, ("x" * 70_000, "\U0001f4c8" * 20_000)),
+    Corruption("a long text is cut", T.STR, ("x" * 5_000, "\U0001f4c8" * 5_000)),
+    Corruption("a longer text is cut", T.STR, ("x" * 70_000, "\U0001f4c8" * 20_000), "some"),
     Corruption("a text that looks like a number becomes one", T.STR, ("000001", "1e5", "0x10", "1.0", "-0", "TRUE")),
 )
 
@@ -98,11 +101,11 @@ KNOWN = (
 @pytest.mark.parametrize("mode", list(Mode))
 def test_no_store_changes_a_value_silently(store: Store, subtests: pytest.Subtests, mode: Mode):
     """All that the store says it keeps in one batch, a column each; the rest by itself, exact or refused."""
-    kept = [known for known in KNOWN if known.flag is None or getattr(store.capabilities, known.flag, False)]
+    kept = [known for known in KNOWN if is_kept(known, store.capabilities)]
     columns = {known.what: Column(f"v{number}", known.type) for number, known in enumerate(kept)}
-    schema = Schema((Column("n", T.I64), *columns.values()), ("n",))
+    schema = by_time(*columns.values())
     store.ensure("known.kept", schema)
-    rows: list[Row] = [{"n": n, **dict.fromkeys(column.name for column in columns.values())} for n in range(9)]
+    rows: list[Row] = [{"at": HOURS[n], **dict.fromkeys(column.name for column in columns.values())} for n in range(9)]
     for known in kept:
         for row, value in zip(rows, known.values, strict=False):
             row[columns[known.what].name] = value
@@ -110,29 +113,34 @@ def test_no_store_changes_a_value_silently(store: Store, subtests: pytest.Subtes
     store.write(batch("known.kept", frame, 1, mode=mode, schema=schema))
     assert store.write(batch("known.kept", frame, 2, schema=schema)) == Written(unchanged=9)
     wanted = rows_of(frame, schema)
-    found = sorted(rows_of(store.scan("known.kept").collect(), schema), key=lambda row: str(row["n"]))
+    found = sorted(rows_of(store.scan("known.kept").collect(), schema), key=lambda row: str(row["at"]))
     for known in KNOWN:
         with subtests.test(known.what):
             if known in kept:
                 name = columns[known.what].name
                 assert [row[name] for row in found] == [row[name] for row in wanted]
             else:
-                alone = Schema((Column("n", T.I64), Column("v", known.type)), ("n",))
-                put_exactly(store, f"known.v{KNOWN.index(known)}", alone, list(enumerate(known.values)), mode)
+                alone = by_time(Column("v", known.type))
+                put_exactly(store, f"known.v{KNOWN.index(known)}", alone, known.values, mode)
 
 
 @pytest.mark.slow
 def test_nor_does_it_in_a_key(store: Store, subtests: pytest.Subtests):
+    needs(store, any_key=True)
     for number, known in enumerate(KNOWN):
         values = [value for value in known.values if value is not None and (value, known.type) != (0.0, T.F64)]
         with subtests.test(known.what):
-            schema = Schema((Column("n", T.I64), Column("v", known.type)), ("v",))
-            put_exactly(store, f"known.k{number}", schema, list(enumerate(values)), Mode.UPSERT)
+            schema = Schema((Column("at", T.DATETIME), Column("v", known.type)), ("v",))
+            put_exactly(store, f"known.k{number}", schema, values, Mode.UPSERT)
 
 
 def test_a_number_that_equals_nothing_is_no_key(store: Store):
     schema = Schema((Column("strike", T.F64), Column("n", T.I64)), ("strike",))
-    store.ensure("known.strikes", schema)
+    needs(store, any_key=True)
+    try:
+        store.ensure("known.strikes", schema)
+    except SchemaError:
+        return  # where no number of this type can be a key
     frame = stamped(pl.DataFrame({"strike": [1.5, math.nan], "n": [1, 2]}))
     with pytest.raises(SchemaError, match="NaN"):
         store.write(batch("known.strikes", frame, schema=schema))
@@ -144,11 +152,29 @@ def test_a_number_that_equals_nothing_is_no_key(store: Store):
     assert store.count("known.strikes") == 3
 
 
-def put_exactly(store: Store, dataset: str, schema: Schema, values: list[tuple], mode: Mode) -> int:
+def is_kept(known: Corruption, able: Capabilities) -> bool:
+    """Tell whether the store says that it keeps all of these values."""
+    texts = [value for value in known.values if isinstance(value, str)]
+    return (
+        (known.flag is None or getattr(able, known.flag, False))
+        and all(text == tame_text(text, able) for text in texts)
+        and (able.least or -(2**63) not in known.values)
+    )
+
+
+def by_time(*columns: Column) -> Schema:
+    """Return a schema that every store can keep, with these columns."""
+    return Schema((Column("at", T.DATETIME), *columns), ("at",), "at")
+
+
+def put_exactly(store: Store, dataset: str, schema: Schema, values: Sequence, mode: Mode) -> int:
     """Write the values together or, where they are refused, one by one; return how many were kept. They are written
     twice, since the second time they must be found equal."""
-    store.ensure(dataset, schema)
-    rows: list[Row] = [{"n": n, "v": value} for n, value in values]
+    try:
+        store.ensure(dataset, schema)
+    except SchemaError:
+        return 0  # of a type that is no key there
+    rows: list[Row] = [{"at": at, "v": value} for at, value in zip(HOURS, values, strict=False)]
     parts, seq, kept = [rows], 0, []
     while parts:
         part = parts.pop(0)
@@ -165,15 +191,15 @@ def put_exactly(store: Store, dataset: str, schema: Schema, values: list[tuple],
             seq += 1
             assert store.write(batch(dataset, frame, seq, schema=schema)) == Written(unchanged=len(part))
     found = rows_of(store.scan(dataset).collect(), schema)
-    if not store.capabilities.negative_zero or "v" in schema.key:
-        for row in (*kept, *found):
-            row["v"] = ZERO if row["v"] == MINUS_ZERO else row["v"]
-    assert sorted(found, key=lambda row: str(row["n"])) == sorted(kept, key=lambda row: str(row["n"]))
+    for row in (*kept, *found):
+        row["v"] = plain(row["v"], store.capabilities, in_key="v" in schema.key)
+    assert sorted(found, key=lambda row: str(row["at"])) == sorted(kept, key=lambda row: str(row["at"]))
     return len(kept)
 
 
 def test_texts_that_differ_by_case_accent_or_blanks_are_different_keys(store: Store):
     symbols = ("abc", "ABC", "abc ", " abc", "ábc", "a\u0301bc", "äbc", "ａbc", "ß", "ss", "I", "ı", "abc\u00a0")
+    needs(store, any_subject=True)
     store.ensure("known.keys", BARS)
     frame = bars(symbols, rows=2)
     assert store.write(batch("known.keys", frame)) == Written(inserted=2 * len(symbols))
@@ -199,19 +225,19 @@ def test_of_two_rows_with_one_key_in_a_batch_neither_the_first_nor_both_are_kept
 @pytest.mark.parametrize("name", ["n" * 63 + "1234567", "é" * 35, "n" * 300])
 def test_a_long_name_is_kept_whole_or_refused_and_never_cut(store: Store, name: str):
     """Two columns whose names begin with the same 69 characters would become one."""
-    names = ("n", name, name[:-1] + "x")
-    schema = Schema(tuple(Column(each, T.I64) for each in names), ("n",))
+    names = (name, name[:-1] + "x")
+    schema = by_time(*(Column(each, T.I64) for each in names))
     dataset = f"known.long{len(name)}"
     try:
         store.ensure(dataset, schema)
     except SchemaError:
-        with pytest.raises(SchemaError, match=f"{name[:-1]}.*rename it in the definition"):
+        with pytest.raises(SchemaError, match=f"{name[:-1]}"):
             store.ensure(dataset, schema)
         assert store.marker(dataset) is None
         return
-    frame = pl.DataFrame({each: [number] for number, each in enumerate(names)})
+    frame = pl.DataFrame({"at": [START], **{each: [number] for number, each in enumerate(names)}}, schema.polars())
     store.write(batch(dataset, stamped(frame), schema=schema))
-    assert store.scan(dataset).collect().rows(named=True) == [dict(zip(names, range(3), strict=True))]
+    assert store.scan(dataset).collect().rows(named=True) == frame.rows(named=True)
 
 
 def test_a_long_name_of_a_dataset_is_kept_whole_or_refused_and_never_cut(store: Store):
@@ -239,21 +265,27 @@ def test_names_that_differ_only_by_case_are_refused(store: Store):
 def test_columns_go_by_name_where_their_types_would_let_them_go_by_position(store: Store):
     names = ("open", "high", "low", "close")
     columns = tuple(Column(name, T.F64) for name in names)
-    schema = Schema((Column("n", T.I64), *columns), ("n",))
+    schema = by_time(*columns)
     store.ensure("known.places", schema)
-    frame = stamped(pl.DataFrame({"n": [1], "open": [1.0], "high": [2.0], "low": [3.0], "close": [4.0]}))
-    store.write(batch("known.places", frame.select(sorted(frame.columns)), schema=schema))
+    hours = [START + timedelta(hours=hour) for hour in range(3)]
+    frames = [
+        stamped(pl.DataFrame({"at": [at], "open": [1.0], "high": [2.0], "low": [3.0], "close": [4.0]}, schema.polars()))
+        for at in hours
+    ]
+    store.write(batch("known.places", frames[0].select(sorted(frames[0].columns)), schema=schema))
+    if not store.capabilities.evolve:
+        assert store.scan("known.places").select(names).collect().rows() == [(1.0, 2.0, 3.0, 4.0)]
+        return
     # a column comes in between, and others change places, before a batch that was made before arrives
-    turned = Schema((columns[3], Column("vwap", T.F64), columns[0], Column("n", T.I64), *columns[1:3]), ("n",))
+    turned = replace(schema, columns=(columns[3], Column("vwap", T.F64), columns[0], schema["at"], *columns[1:3]))
     store.ensure("known.places", turned)
-    later = frame.with_columns(n=pl.lit(2, pl.Int64))
-    store.write(batch("known.places", later, 2, schema=schema))
-    store.write(batch("known.places", later.with_columns(n=pl.lit(3, pl.Int64), vwap=9.0), 3, schema=turned))
-    found = store.scan("known.places").collect().sort("n")
-    assert found.select("n", *names, "vwap").rows() == [
-        (1, 1.0, 2.0, 3.0, 4.0, None),
-        (2, 1.0, 2.0, 3.0, 4.0, None),
-        (3, 1.0, 2.0, 3.0, 4.0, 9.0),
+    store.write(batch("known.places", frames[1], 2, schema=schema))
+    store.write(batch("known.places", frames[2].with_columns(vwap=9.0), 3, schema=turned))
+    found = store.scan("known.places").collect().sort("at")
+    assert found.select(*names, "vwap").rows() == [
+        (1.0, 2.0, 3.0, 4.0, None),
+        (1.0, 2.0, 3.0, 4.0, None),
+        (1.0, 2.0, 3.0, 4.0, 9.0),
     ]
 
 
@@ -269,22 +301,23 @@ def test_a_time_without_a_zone_or_in_another_one_is_refused_and_not_taken_for_ut
 
 
 def test_a_null_where_none_may_be_is_refused_and_does_not_become_a_zero(store: Store):
-    store.ensure("known.lots", INSTRUMENTS)
-    frame = stamped(pl.DataFrame({"code": ["a"], "name": [None], "lot": [None]}, INSTRUMENTS.polars()))
+    strict = by_time(Column("price", T.F64), Column("lot", T.I32, nullable=False))
+    store.ensure("known.lots", strict)
+    frame = stamped(pl.DataFrame({"at": [START], "price": [None], "lot": [None]}, strict.polars()))
     for mode in Mode:
         with pytest.raises(SchemaError, match=r"'lot'.*null in 1"):
-            store.write(batch("known.lots", frame, mode=mode, schema=INSTRUMENTS))
-    looser = Schema((*INSTRUMENTS.columns[:2], Column("lot", T.I32)), INSTRUMENTS.key)
-    store.ensure("known.lots", looser)
-    store.write(batch("known.lots", frame, schema=looser))
-    assert store.scan("known.lots").collect().rows() == [("a", None, None)]
+            store.write(batch("known.lots", frame, mode=mode, schema=strict))
+    assert store.count("known.lots") == 0
+    loose = by_time(Column("price", T.F64), Column("lot", T.I32))
+    store.ensure("known.loose", loose)
+    store.write(batch("known.loose", frame, schema=loose))
+    assert store.scan("known.loose").collect().rows() == [(START, None, None)]
 
 
 def test_whole_columns_without_a_value_and_frames_without_a_row_keep_their_types(store: Store):
-    every = {type_: f"c{number}" for number, type_ in enumerate(T)}
-    schema = Schema((Column("n", T.I64), *(Column(name, type_) for type_, name in every.items())), ("n",))
+    schema = by_time(*(Column(f"c{number}", type_) for number, type_ in enumerate(T)))
     store.ensure("known.empty", schema)
-    frame = stamped(pl.DataFrame({"n": [1], **dict.fromkeys(every.values())}, schema=schema.polars()))
+    frame = stamped(pl.DataFrame({"at": [START], **dict.fromkeys(schema.names[1:])}, schema=schema.polars()))
     assert store.write(batch("known.empty", frame.clear(), 1, schema=schema)) == Written()
     assert store.scan("known.empty").collect().schema == pl.Schema(schema.polars())
     assert store.write(batch("known.empty", frame, 2, schema=schema)) == Written(inserted=1)
