@@ -185,7 +185,7 @@ class Life:
 
 
 def live(store: Store, numbers: range) -> list[Life]:
-    needs(store, any_key=True, any_subject=True)
+    needs(store, any_key=True, subjects=None)
     lives = []
     for seed in numbers:
         life = Life(store, f"hostile.d{seed}", seed)
