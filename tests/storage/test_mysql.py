@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -408,6 +409,7 @@ def test_a_delivery_that_the_engine_chose_to_end_a_deadlock_is_done_again(store,
         waiting = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
         while not asked(mysql, waiting)[0][0]:
             assert thread.is_alive()
+            time.sleep(0.15)  # who asks again within 0.1 s gets the answer of before, for ever
         other("UPDATE `made.bars` SET close = -1 WHERE symbol = 'A'")
         other("ROLLBACK")
         thread.join()
