@@ -64,7 +64,7 @@ def batches(folder: Path, limit: int) -> Iterator[pl.DataFrame]:
 
 def check(way: str, engine: str, url: str, dataset: str) -> dict[str, float]:
     """Return rows and sums of what is in the table."""
-    if way in ("raw", "dlt") and engine in ("parquet", "delta", "csv"):
+    if way in ("raw", "dlt-arrow", "dlt-rows") and engine in ("parquet", "delta", "csv"):
         folder = folder_of(url, dataset)
         if engine == "delta":
             rows = pl.scan_delta(str(folder))
@@ -72,7 +72,7 @@ def check(way: str, engine: str, url: str, dataset: str) -> dict[str, float]:
             rows = pl.scan_parquet(f"{folder}/**/*.parquet")
         else:
             rows = pl.scan_csv(f"{folder}/*.csv*")
-    elif way == "dlt":
+    elif way.startswith("dlt-"):
         import sqlalchemy as sa
 
         driver = url.replace("mysql://", "mysql+pymysql://").replace("postgresql://", "postgresql+psycopg://")

@@ -1,8 +1,11 @@
-"""dlt's destination for one engine, fed with the same Arrow files: its fastest source, since it infers nothing.
+"""dlt's destination for one engine, fed with the same rows: as the Arrow tables of the files (`arrow`), its fastest
+source, since it infers nothing; or as its REST sources feed it (`rows`), pages of a thousand dicts as JSON has them,
+of a source's own columns, whose types are declared.
 
-    python dlt_stores.py ENGINE URL FOLDER DATASET append|upsert DATA LIMIT
+    python dlt_stores.py arrow|rows ENGINE URL FOLDER DATASET append|upsert DATA LIMIT
 
-It runs in an environment of its own (requirements-dlt.txt). Prints, as JSON, what the run itself cost this process.
+It runs in an environment of its own (requirements-dlt.txt). Prints, as JSON, what the run itself cost this process;
+the pages are made before.
 """
 
 import json
@@ -12,10 +15,21 @@ import sys
 import time
 from pathlib import Path
 
-BATCH_ROWS = 131_072
+PAGE_ROWS = 1_000
+COLUMNS = {
+    "symbol": {"data_type": "text"},
+    "ts": {"data_type": "timestamp"},
+    "open": {"data_type": "double"},
+    "high": {"data_type": "double"},
+    "low": {"data_type": "double"},
+    "close": {"data_type": "double"},
+    "volume": {"data_type": "bigint"},
+}
 
 
-def main(engine: str, url: str, folder: Path, dataset: str, step: str, data: Path, limit: int) -> dict[str, float]:
+def main(
+    fed: str, engine: str, url: str, folder: Path, dataset: str, step: str, data: Path, limit: int
+) -> dict[str, float]:
     os.environ["RUNTIME__DLTHUB_TELEMETRY"] = "false"
     os.environ["DLT_DATA_DIR"] = str(folder / "dlt")
     import dlt  # pyright: ignore[reportMissingImports]
@@ -29,6 +43,13 @@ def main(engine: str, url: str, folder: Path, dataset: str, step: str, data: Pat
             if table.num_rows:
                 yield table
 
+    def paged():
+        for table in tables():
+            for start in range(0, table.num_rows, PAGE_ROWS):
+                rows = table.slice(start, PAGE_ROWS).select(list(COLUMNS)).to_pylist()
+                yield [{**row, "ts": row["ts"].isoformat()} for row in rows]
+
+    pages = list(paged()) if fed == "rows" else []
     made = {
         "delta": lambda: dlt.destinations.filesystem(str(folder / "out")),
         "parquet": lambda: dlt.destinations.filesystem(str(folder / "out")),
@@ -40,10 +61,11 @@ def main(engine: str, url: str, folder: Path, dataset: str, step: str, data: Pat
     if step == "upsert":
         written = {"disposition": "merge", "strategy": "delete-insert" if engine == "mysql" else "upsert"}
     bars = dlt.resource(
-        tables,
+        tables if fed == "arrow" else lambda: iter(pages),
         name="bars",
         write_disposition=written,
         primary_key=["symbol", "ts"],
+        **({"columns": COLUMNS} if fed == "rows" else {}),
         **({"table_format": "delta"} if engine == "delta" else {}),
     )
     pipeline = dlt.pipeline(
@@ -71,5 +93,5 @@ def cpu() -> float:
 
 
 if __name__ == "__main__":
-    engine, url, folder, dataset, step, data, limit = sys.argv[1:]
-    print(json.dumps(main(engine, url, Path(folder), dataset, step, Path(data), int(limit))))
+    fed, engine, url, folder, dataset, step, data, limit = sys.argv[1:]
+    print(json.dumps(main(fed, engine, url, Path(folder), dataset, step, Path(data), int(limit))))
