@@ -61,7 +61,7 @@ STAND_INS = {
 }
 NOT_MEASURED = (
     "Ways with few rows are slow ones; what they spend once a run, as dlt does, weighs more there. dlt-arrow is dlt's "
-    "best case: it passes Arrow tables on. dlt-rows is fed as its REST sources feed it, with pages of dicts made before "
+    "best case: it passes Arrow tables on. dlt-rows is fed as its REST sources feed it, pages of dicts made before "
     "the clock starts; it includes making rows of them, which we do before a batch and `make bench` measures. "
     "dlt has no destination for chDB, MongoDB or Excel, and that for ClickHouse asks for the native port of a server. "
     "MarketStore and DolphinDB have doubles here, whose speed says nothing."
