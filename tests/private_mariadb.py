@@ -53,7 +53,7 @@ def mortal_mariadb(*options: str) -> Iterator[Server]:
         users.chmod(0o644)
         certificates = made_certificates(folder)
         with log.open("wb") as said:
-            subprocess.run(
+            made = subprocess.run(
                 [
                     _program("mariadb-install-db"),
                     "--no-defaults",
@@ -66,8 +66,9 @@ def mortal_mariadb(*options: str) -> Iterator[Server]:
                 stdout=said,
                 stderr=said,
                 cwd="/",
-                check=True,
+                check=False,
             )
+        assert made.returncode == 0, log.read_text(errors="replace")
         port = free_port()
         command = [
             _program("mariadbd"),
