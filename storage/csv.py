@@ -698,7 +698,8 @@ def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
     types = {name: pl.String() if name in times else type_ for name, type_ in schema.polars(system=True).items()}
     try:
         there = {name: types.get(name, pl.String()) for name in _header(content)}
-        rows = pl.read_csv(content, has_header=False, skip_lines=1, schema=there)
+        # skip_rows and not skip_lines, after which polars takes a first text of U+FEFF for the mark of a file
+        rows = pl.read_csv(content, has_header=False, skip_rows=1, schema=there)
         return rows.select(list(types)).with_columns(
             pl.col(name)
             .str.head(-1)

@@ -59,6 +59,13 @@ def test_null_and_the_empty_string_are_told_apart_in_the_file(store, tmp_path: P
     assert [line.rpartition(",s1,")[0] for line in lines[1:]] == ['a,"",1', "b,,2"]
 
 
+def test_a_text_that_begins_like_a_file_with_a_mark_is_a_text(store):
+    store.ensure("made.instruments", INSTRUMENTS)
+    frame = stamped(pl.DataFrame({"code": ["\ufeff"], "name": ["\ufeffx"], "lot": [1]}, INSTRUMENTS.polars()))
+    store.write(batch("made.instruments", frame, schema=INSTRUMENTS))
+    assert store.scan("made.instruments").collect().row(0) == ("\ufeff", "\ufeffx", 1)
+
+
 def test_the_standard_library_reads_hostile_texts_as_they_are(store, tmp_path: Path):
     store.ensure("made.instruments", INSTRUMENTS)
     texts = [text for text in HOSTILE_TEXT if text]
