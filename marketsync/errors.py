@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 class ExitCode(IntEnum):
@@ -77,6 +81,14 @@ class SecretMissing(ConfigurationError):
 
 class SchemaError(MarketSyncError):
     """A frame or a table does not fit its dataset's schema and cannot be made to without losing a value."""
+
+
+class RowsRefused(SchemaError):
+    """Rows have values that the store would not give back; `rows` is the frame of them. Nothing was written."""
+
+    def __init__(self, message: str, rows: pl.DataFrame):
+        super().__init__(message)
+        self.rows = rows
 
 
 class SchemaConflict(SchemaError):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import date
 from typing import TYPE_CHECKING
 
-from marketsync.errors import SchemaError
+from marketsync.errors import RowsRefused, SchemaError
 from marketsync.schema import Column, ColumnType, Schema
 from storage.evolution import required
 
@@ -41,8 +41,9 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     """Return the frame with the schema's columns and the system columns, in order.
 
     Raises `SchemaError` that names the column and the count for: a missing or unknown column, another type, a null
-    in a key or non-nullable column, a key that occurs twice or is NaN, a time outside the years 1 to 9999 (1678 to
-    2261 in nanoseconds), and values that the engine's capabilities say it would not give back.
+    in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999 (1678 to 2261 in
+    nanoseconds); and `RowsRefused`, with the rows, for NaN in a key and for values that the engine's capabilities say
+    it would not give back.
     """
     types = schema.polars(system=True)
     _columns(dataset, frame, types)
@@ -52,7 +53,7 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     _nulls(dataset, frame, schema)
     _years(dataset, frame, schema)
     if unkept := refusals(dataset, frame.lazy(), schema, capabilities):
-        raise SchemaError("; ".join(unkept))
+        raise RowsRefused("; ".join(unkept), frame.filter(_any_unkept(schema, capabilities)))
     _keys(dataset, frame, schema)
     return frame
 
@@ -70,6 +71,13 @@ def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, capabilities: Cap
         for count, (column, _, what, remedy) in zip(counts, kinds, strict=True)
         if count
     ]
+
+
+def _any_unkept(schema: Schema, capabilities: Capabilities) -> pl.Expr:
+    import polars as pl
+
+    wrong = [where for column in schema.columns for where, _, _ in _unkept(column, schema, capabilities)]
+    return pl.any_horizontal(where.fill_null(False) for where in wrong)
 
 
 def _columns(dataset: str, frame: pl.DataFrame, types: dict[str, pl.DataType]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import SchemaError
+from marketsync.errors import RowsRefused, SchemaError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
 from storage import evolution, filters
 from storage.protocol import Filter
@@ -130,29 +130,33 @@ def _sorted(schema: Schema) -> list[str]:
 
 
 def refuse_long(dataset: str, frame: pl.DataFrame) -> None:
-    """Raise `SchemaError` for texts that the engine would cut."""
+    """Raise `RowsRefused` for texts that the engine would cut."""
     import polars as pl
 
     for name in frame.select(pl.col(pl.String)).columns:
-        if count := int((frame[name].str.len_bytes() > _LONGEST_TEXT).sum()):
-            raise SchemaError(
-                f"column {name!r} of a frame for {dataset} has {count} texts of more than {_LONGEST_TEXT} bytes, which "
-                "DolphinDB would cut; have them shortened, or use another store"
+        longer = frame.filter(pl.col(name).str.len_bytes() > _LONGEST_TEXT)
+        if longer.height:
+            raise RowsRefused(
+                f"column {name!r} of a frame for {dataset} has {longer.height} texts of more than {_LONGEST_TEXT} "
+                "bytes, which DolphinDB would cut; have them shortened, or use another store",
+                longer,
             )
 
 
 def refuse_far(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
-    """Raise `SchemaError` for times that 64 bits of nanoseconds do not reach, and days that no partition has."""
+    """Raise `RowsRefused` for times that 64 bits of nanoseconds do not reach, and days that no partition has."""
+    import polars as pl
+
     for column in schema.columns:
         day = column.type is ColumnType.DATE and column.name in (*schema.key, schema.time)
         if column.type not in _INSTANTS and not day:
             continue
-        low, high = frame[column.name].min(), frame[column.name].max()
-        days = [each.date() if isinstance(each, datetime) else each for each in (low, high)]
-        if any(isinstance(day, date) and not _FIRST <= day <= _LAST for day in days):
-            raise SchemaError(
-                f"column {column.name!r} of a frame for {dataset} has times that DolphinDB cannot keep (before "
-                f"{_FIRST} or after {_LAST}); declare the column str or i64, or use another store"
+        far = frame.filter(~pl.col(column.name).cast(pl.Date).is_between(_FIRST, _LAST))
+        if far.height:
+            raise RowsRefused(
+                f"column {column.name!r} of a frame for {dataset} has {far.height} times that DolphinDB cannot keep "
+                f"(before {_FIRST} or after {_LAST}); declare the column str or i64, or use another store",
+                far,
             )
 
 

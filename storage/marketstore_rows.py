@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from marketsync.errors import CapabilityError, SchemaConflict, SchemaError
+from marketsync.errors import CapabilityError, RowsRefused, SchemaConflict
 from marketsync.schema import INGESTED_COLUMN, Column, ColumnType, Schema
 from storage.marketstore_rpc import EPOCH, NANOSECONDS, Columns
 
@@ -157,15 +157,16 @@ def refuse_zone(dataset: str, shape: Layout, timezone: str) -> None:
 
 
 def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
-    """Raise `SchemaError` that names column, count and remedy for rows that the engine would lose, move or cut."""
+    """Raise `RowsRefused` that names column, count and remedy for rows that the engine would lose, move or cut."""
     import polars as pl
 
     def refuse(wrong: pl.Series, what: str, remedy: str) -> None:
         if count := int(wrong.sum()):
-            first = frame.filter(wrong)[time][0]
-            raise SchemaError(
+            rows = frame.filter(wrong)
+            raise RowsRefused(
                 f"column {time!r} of a frame for {dataset} has {count} values that MarketStore cannot keep ({what}; "
-                f"the first: {first}); {remedy}"
+                f"the first: {rows[time][0]}); {remedy}",
+                rows,
             )
 
     time = shape.schema.time or ""

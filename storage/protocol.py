@@ -83,7 +83,8 @@ class Batch:
 class Written:
     """What a write did, in rows; `already` is True when the lane was at or past `seq` and nothing was done.
 
-    `deleted` is only ever more than 0 for `replace`: rows of the span whose key is not in the frame.
+    `deleted` is only ever more than 0 for `replace`: rows of the span whose key is not in the frame. `refused` is
+    counted by who delivers: rows set aside because the store would not give them back (`RowsRefused`).
     """
 
     inserted: int = 0
@@ -91,6 +92,7 @@ class Written:
     unchanged: int = 0
     already: bool = False
     deleted: int = 0
+    refused: int = 0
 
     def __add__(self, other: Written) -> Written:
         return Written(
@@ -99,6 +101,7 @@ class Written:
             self.unchanged + other.unchanged,
             self.already and other.already,
             self.deleted + other.deleted,
+            self.refused + other.refused,
         )
 
 
@@ -162,7 +165,8 @@ class Store(Protocol):
 
         Rows that are equal in all but the system columns stay as they are, with the `_segment` that brought them. A
         batch made before a column was added leaves that column alone. Raises `SchemaError`, and writes nothing, for a
-        frame that `admission.admit` refuses or a schema that the table has not been given by `ensure`.
+        frame that `admission.admit` refuses (`RowsRefused` where only some of its rows are at fault) or a schema that
+        the table has not been given by `ensure`.
         """
         ...
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marketsync.errors import MarketSyncError
+from storage.files import write_whole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -105,17 +106,22 @@ class Spool:
                 found.setdefault(file.parent.name, []).append(path)
         return found
 
-    def set_aside(self, dataset: str, segment_id: str, rejected: pl.DataFrame) -> str:
-        """Keep rejected rows (with their reason) as JSON lines that a person can read; return the file's path."""
-        folder = self._quarantine / dataset
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{segment_id.replace(':', '-')}.jsonl"
-        rejected.write_ndjson(path)
+    def set_aside(self, dataset: str, segment_id: str, rejected: pl.DataFrame, store_id: str = "") -> str:
+        """Keep rejected rows (with their reason) durably as JSON lines that a person can read; return the file's path.
+        `store_id` names the one store that refused them; else no store has them."""
+        path = self.aside(dataset, segment_id, store_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, rejected.write_ndjson().encode())
         return str(path)
 
-    def quarantined(self, dataset: str) -> Iterator[Path]:
-        """Yield the quarantine files of a dataset, the oldest first."""
-        yield from sorted((self._quarantine / dataset).glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+    def aside(self, dataset: str, segment_id: str, store_id: str = "") -> Path:
+        """Return the file of a segment's rows that were set aside, which is there when some were."""
+        return self._quarantine / dataset / store_id / f"{segment_id.replace(':', '-')}.jsonl"
+
+    def quarantined(self, dataset: str, store_id: str = "") -> Iterator[Path]:
+        """Yield the quarantine files of a dataset (those of one store alone when it is named), the oldest first."""
+        folder = self._quarantine / dataset / store_id
+        yield from sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

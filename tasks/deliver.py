@@ -9,13 +9,13 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from marketsync.clock import Clock
 from marketsync.coverage import Answer, Covered, Interval, minus, within
-from marketsync.errors import StoreError
+from marketsync.errors import RowsRefused, SchemaError, StoreError
 from marketsync.ledger import Binding, Ledger, Segment
 from marketsync.planning import EVERYTHING
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Schema
@@ -65,16 +65,18 @@ def deliver_segments(
     dataset, lane = segments[0].dataset, segments[0].lane
     there = target.store.committed(dataset, lane) if again else 0
     loaded = []
-    already = 0
+    already = refused = 0
     for segment, frame in zip(segments, frames, strict=True):
         if segment.path is None:
             continue
         if segment.seq <= there:
-            already += segment.rows
+            aside = spool.aside(dataset, segment.segment_id, target.store_id)
+            kept = segment.rows - (len(aside.read_bytes().splitlines()) if aside.exists() else 0)
+            already, refused = already + kept, refused + segment.rows - kept
             continue
         rows = spool.read(segment.path) if frame is None else frame
         loaded.append(rows.with_columns(pl.lit(segment.segment_id).alias(SEGMENT_COLUMN)))
-    written = Written(unchanged=already)
+    written = Written(unchanged=already, refused=refused)
     if loaded:
         frame = pl.concat(loaded) if len(loaded) > 1 else loaded[0]
         frame = frame.with_columns(pl.lit(clock.now()).cast(pl.Datetime("us", "UTC")).alias(INGESTED_COLUMN))
@@ -86,15 +88,42 @@ def deliver_segments(
         if mode is Mode.UPSERT and len(loaded) > 1:
             frame = frame.unique(subset=list(schema.key), keep="last", maintain_order=True)
         batch = Batch(dataset, schema, lane, segments[-1].seq, frame, mode)
-        written = target.store.write(batch)
+        written = write_kept(spool, target, batch)
         # Rows that a crash let be written before, and rows that a later one of this delivery replaced, are there.
-        others = rows - written.inserted - written.updated - written.unchanged
-        written = Written(written.inserted, written.updated, written.unchanged + others + already, written.already)
+        others = rows - written.inserted - written.updated - written.unchanged - written.refused
+        unchanged = written.unchanged + others + already
+        written = replace(written, unchanged=unchanged, refused=written.refused + refused)
     finished = ledger.delivered(target.store_id, segments, written.inserted, written.updated, written.unchanged)
     if finished:
         spool.remove(finished)
         ledger.removed(finished)
     return written
+
+
+def write_kept(spool: Spool, target: Target, batch: Batch) -> Written:
+    """Write what the store would give back of a batch; what it refuses is set aside for it, durably, before that.
+
+    One row that an engine cannot keep would otherwise hold up all that come after it, for ever.
+    """
+    import polars as pl
+
+    aside: list[pl.DataFrame] = []
+    frame = batch.frame
+    while True:
+        try:
+            written = target.store.write(replace(batch, frame=frame))
+            return replace(written, refused=batch.frame.height - frame.height)
+        except RowsRefused as error:
+            key = list(batch.schema.key)
+            gone = frame.join(error.rows.select(key), on=key, how="semi", maintain_order="left")
+            if gone.is_empty():
+                raise
+            frame = frame.join(gone.select(key), on=key, how="anti", maintain_order="left")
+            raw = pl.struct(batch.schema.names).struct.json_encode().alias("raw")
+            told = [pl.lit(None, pl.String()).alias("column"), pl.lit(str(error)).alias("reason"), raw]
+            aside.append(gone.select(SEGMENT_COLUMN, *told))
+            for (segment_id,), rows in pl.concat(aside).partition_by(SEGMENT_COLUMN, as_dict=True).items():
+                spool.set_aside(batch.dataset, str(segment_id), rows.drop(SEGMENT_COLUMN), target.store_id)
 
 
 class Deliverer:
@@ -222,6 +251,9 @@ class Deliverer:
                     continue
                 self._fail(segments[0].dataset, str(error))
                 return False
+            except SchemaError as error:
+                self._fail(segments[0].dataset, str(error))
+                return False
             except Exception as error:
                 log.exception("delivery to %s", self._target.store_id)
                 self._fail(segments[0].dataset, f"{type(error).__name__}: {error}")
@@ -333,6 +365,7 @@ def _trouble(spool: Spool, path: str) -> str:
 
 def fill_from_siblings(
     ledger: Ledger,
+    spool: Spool,
     targets: Sequence[Target],
     target: Target,
     dataset: str,
@@ -386,8 +419,7 @@ def fill_from_siblings(
                     if not target.store.capabilities.table:
                         frame = frame.sort(list(schema.key))  # whoever follows is shown each batch in order
                     stamped = frame.with_columns(_literals(f"{lane}:{seq}", clock.now()))
-                    mode = Mode.UPSERT
-                    written = target.store.write(Batch(dataset, schema, lane, seq, stamped, mode))
+                    written = write_kept(spool, target, Batch(dataset, schema, lane, seq, stamped, Mode.UPSERT))
                     tally.add(copied=frame.height)
                     tally.wrote(target.store_id, written)
                     copied += frame.height

@@ -594,6 +594,9 @@ def _work_lines(scope: Scope, row: Any) -> Iterable[str]:
         )
         if segment.quarantined:
             yield f"  set aside rows are in {scope.workspace.state}/quarantine/{scope.dataset}/"
+        for store in deliveries:
+            if (file := scope.spool.aside(scope.dataset, segment.segment_id, store)).exists():
+                yield f"  what {store} alone cannot keep was set aside, in {file}"
 
 
 def _why_none(
@@ -614,6 +617,12 @@ def _why_none(
             return (
                 f"the provider was asked, and gave no row of {about} unless it is among the {aside:,} that were set "
                 f"aside, in {scope.workspace.state}/quarantine/{scope.dataset}/ with the reason"
+            )
+        files = [scope.spool.aside(scope.dataset, segment_id, store_id) for segment_id in segments]
+        if there := [str(file) for file in files if file.exists()]:
+            return (
+                f"the provider was asked, and what {store_id} cannot keep of its answer was set aside, with the "
+                f"reason, in {', '.join(there)}"
             )
         return f"the provider was asked and gave no row of {about}"
     if Answer.NOT_YET in answers:

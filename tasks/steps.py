@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from marketsync.coverage import Covered, within
-from marketsync.errors import StoreError
+from marketsync.errors import SchemaError, StoreError
 from marketsync.ledger import this_owner
 from storage.protocol import Written
 from tasks.deliver import check_target, deliver_owed, fill_from_siblings
@@ -119,7 +119,7 @@ def prepare(task: Task) -> Prepared:
                 tally=tally,
                 batch_rows=scope.plan.segment.rows,
             )
-        except StoreError as error:
+        except (StoreError, SchemaError) as error:
             result.stores_down[target.store_id] = str(error)
     configured = set(scope.workspace.loaded.configuration.stores)
     for store_id in scope.ledger.stores_owed(task.dataset) - configured:
@@ -132,6 +132,7 @@ def prepare(task: Task) -> Prepared:
         try:
             result.copied += fill_from_siblings(
                 scope.ledger,
+                scope.spool,
                 ready,
                 target,
                 task.dataset,
@@ -144,7 +145,7 @@ def prepare(task: Task) -> Prepared:
                 told_apart=scope.told_apart,
                 margin=scope.margin,
             )
-        except StoreError as error:
+        except (StoreError, SchemaError) as error:
             result.stores_down[target.store_id] = str(error)
     for note in still_dropped(scope):
         tally.note(note)

@@ -207,11 +207,11 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
     return replace(report, datasets=tuple(parts), findings=())
 
 
-def _reasons(workspace: Workspace, dataset: str) -> str:
+def _reasons(workspace: Workspace, dataset: str, store_id: str = "") -> str:
     """Return why rows were set aside, by the newest of them: the columns, with an example each."""
     import polars as pl
 
-    files = list(workspace.spool.quarantined(dataset))
+    files = list(workspace.spool.quarantined(dataset, store_id))
     if not files:
         return "the files are gone"
     rows = pl.read_ndjson(files[-1])
@@ -256,7 +256,7 @@ def _judged(
             allowed_missing=scope.plan.judge.missing,
             spans=None if small else list(touched),
             known=known,
-            set_aside=next(scope.spool.quarantined(scope.dataset), None) is not None,
+            set_aside=any(True for of in ("", store_id) for _ in scope.spool.quarantined(scope.dataset, of)),
         )
     if reopen and (late := reopened(judgement, coverage, scope.timing)):
         scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
@@ -380,8 +380,16 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         for part in outcome.judged:
             one = of_store.get(part.store, Written())
             rows = replace(of_dataset, inserted=one.inserted, updated=one.updated, unchanged=one.unchanged)
+            rows = replace(rows, quarantined=rows.quarantined + one.refused)
             judged.append(replace(part, rows=rows, state=down.get(part.store, part.state)))
-    findings = counts.quarantined > 0 or any(part.judgement is not None and part.judgement.findings for part in judged)
+    refused = {
+        (outcome.dataset, store_id): one.refused
+        for outcome in outcomes
+        for store_id, one in _rows_of(outcome)[1].items()
+        if one.refused
+    }
+    findings = counts.quarantined > 0 or bool(refused)
+    findings = findings or any(part.judgement is not None and part.judgement.findings for part in judged)
     work = WorkCounts(
         units=counts.units,
         done=counts.done - counts.empty - counts.not_yet,
@@ -436,6 +444,16 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
                 f"the definition is mended, `marketsync sync {plan} --refetch` asks for them again"
             )
             remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, message=message))
+        for store_id in (store_id for dataset, store_id in refused if dataset == outcome.dataset):
+            count = refused[outcome.dataset, store_id]
+            rows = "1 row was" if count == 1 else f"{count:,} rows were"
+            where = workspace.state / "quarantine" / outcome.dataset / store_id
+            message = (
+                f"{rows} set aside for store {store_id} alone, which cannot keep them "
+                f"({_reasons(workspace, outcome.dataset, store_id)}): each is in {where}; what came with them is "
+                f"delivered; when the cause is mended, `marketsync sync {plan} --refetch` asks for them again"
+            )
+            remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, subject=store_id, message=message))
         if outcome.prepared is not None and outcome.prepared.new_columns:
             names = ", ".join(outcome.prepared.new_columns)
             remarks.append(
@@ -490,7 +508,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
             updated=written.updated,
             unchanged=written.unchanged,
             duplicates=counts.duplicates,
-            quarantined=counts.quarantined,
+            quarantined=counts.quarantined + written.refused,
         ),
         bytes=counts.bytes,
         resume_at=min(resume) if resume and waits else None,
