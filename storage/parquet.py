@@ -15,14 +15,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
-from marketsync.errors import ForeignTable, StoreBusy, StoreError
+from marketsync.errors import ForeignTable, StoreBusy, StoreDamaged, StoreError
 from marketsync.schema import ColumnType, Schema
 from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
@@ -53,6 +54,9 @@ _OURS = "_marketsync"
 _STATE = "state.json"
 _PENDING = "pending.json"
 _TEMPORARY = "new"
+_LOOKS = 3
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -140,24 +144,48 @@ class ParquetStore:
     # reading
 
     def scan(self, dataset: str, filter: Filter = Filter()) -> pl.LazyFrame:
-        return self._now(dataset).scan(filter)
+        return self._undisturbed([dataset], lambda: self._now(dataset).scan(filter))
 
     def arrow(self, dataset: str, filter: Filter = Filter()) -> Iterator[pa.RecordBatch]:
-        parts = self._now(dataset)
-        with parts.reading():
-            yield from lazyframes.arrow(parts.scan(filter))
+        def opened() -> tuple[Parts, Iterator[pa.RecordBatch], pa.RecordBatch | None]:
+            parts = self._now(dataset)
+            with parts.reading():
+                batches = lazyframes.arrow(parts.scan(filter))
+                return parts, batches, next(batches, None)
+
+        before = self._versions([dataset])
+        parts, batches, first = self._undisturbed([dataset], opened)
+        if first is not None:
+            yield first
+        try:
+            with parts.reading():
+                yield from batches
+        except StoreDamaged as error:
+            if self._versions([dataset]) == before:
+                raise
+            raise StoreError(
+                f"the table of {dataset} in {parts.folder} was rewritten while it was read, and files that were to "
+                "come are gone; read it again when its writer is done, or keep it in delta://, where readers and "
+                "writers do not meet"
+            ) from error
 
     def watermarks(self, dataset: str) -> dict[str, datetime | date]:
-        parts = self._now(dataset)
-        with parts.reading():
-            return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
+        def newest() -> dict[str, datetime | date]:
+            parts = self._now(dataset)
+            with parts.reading():
+                return lazyframes.watermarks(parts.scan(Filter()), dataset, parts.schema)
+
+        return self._undisturbed([dataset], newest)
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
-        return self._now(dataset).count(filter)
+        return self._undisturbed([dataset], lambda: self._now(dataset).count(filter))
 
     def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
-        with self._now(dataset).reading():
-            return fingerprints.by_scan(self, dataset, recipe, filter)
+        def made() -> pl.DataFrame:
+            with self._now(dataset).reading():
+                return fingerprints.by_scan(self, dataset, recipe, filter)
+
+        return self._undisturbed([dataset], made)
 
     # the rest
 
@@ -182,8 +210,11 @@ class ParquetStore:
         return lazyframes.library("polars")
 
     def query(self, sql: str) -> pl.DataFrame:
-        with lazyframes.reading("a table that the query names", self._root):
-            return lazyframes.query(sql, self.datasets(), self.scan)
+        def answered() -> pl.DataFrame:
+            with lazyframes.reading("a table that the query names", self._root):
+                return lazyframes.query(sql, self.datasets(), self.scan)
+
+        return self._undisturbed(self.datasets(), answered)
 
     def maintain(self, dataset: str) -> str:
         with self._locked(dataset):
@@ -272,6 +303,8 @@ class ParquetStore:
         if not folder.is_dir():
             return None
         if dataset not in self._held and state.parts and not (folder / unquote(state.parts[-1].path)).exists():
+            if path.read_bytes() != held[1]:
+                return self._load(dataset)  # its writer replaced the part between the two looks
             raise StoreError(
                 f"{folder} is not the folder that {path} describes: {state.parts[-1].path} is missing; put the folder "
                 "back, or remove both and let the table be filled again"
@@ -292,6 +325,25 @@ class ParquetStore:
         if state is None:
             raise StoreError(f"there is no Parquet table of {dataset} in {self._folder(dataset)}; call ensure first")
         return state
+
+    def _versions(self, datasets: Sequence[str]) -> list[tuple[str, int] | None]:
+        states = [self._open(dataset) for dataset in datasets]
+        return [None if state is None else (state.marker, state.version) for state in states]
+
+    def _undisturbed(self, datasets: Sequence[str], ask: Callable[[], Answer]) -> Answer:
+        """Return what `ask` reads of the tables: it is asked again when a writer took files away under it, and at last
+        with their writers kept out."""
+        for _ in range(_LOOKS):
+            before = self._versions(datasets)
+            try:
+                return ask()
+            except StoreDamaged:
+                if self._versions(datasets) == before:
+                    raise
+        with ExitStack() as stack:
+            for dataset in sorted(datasets):
+                stack.enter_context(self._locked(dataset))
+            return ask()
 
     def _now(self, dataset: str) -> Parts:
         return self._parts(dataset, self._table(dataset))

@@ -14,7 +14,10 @@ from stored_frames import BARS, START, WIDE, bars, batch, hostile
 
 import storage.files
 import storage.parquet
-from marketsync.errors import StoreError
+import storage.parts
+from marketsync.errors import StoreBusy, StoreDamaged, StoreError
+from storage.fingerprints import Recipe
+from storage.locks import exclusive
 from storage.protocol import Filter, Mode, Written
 from storage.registry import open_store
 
@@ -151,3 +154,72 @@ def test_an_upsert_touches_only_the_parts_in_which_a_row_changes(store, tmp_path
     assert len(after) == 6
     assert len(set(before.items()) - set(after.items())) == 1
     assert store.count(NAME, Filter(["B"], since=START + timedelta(hours=98))) == 4
+
+
+ASKED = {
+    "count": lambda store: store.count(NAME, Filter(since=START)),
+    "watermarks": lambda store: store.watermarks(NAME),
+    "fingerprints": lambda store: store.fingerprints(NAME, Recipe(b"seed")).height,
+    "query": lambda store: store.query(f"SELECT close FROM {NAME} ORDER BY close DESC LIMIT 1").item(),
+    "arrow": lambda store: sum(part.num_rows for part in store.arrow(NAME)),
+    "scan": lambda store: store.scan(NAME).collect().height,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_reader_whose_files_a_writer_takes_away_looks_again(
+    store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, busy: bool
+):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    store.close()
+    before = ASKED[asked](store)
+    writer = open_store(f"parquet://{tmp_path}")
+    there, seq = storage.parts.Parts._there, [1]
+
+    def rewritten(parts, part):
+        """A writer in the midst of each look, or of the first: until it is kept out."""
+        if busy or seq[0] == 1:
+            seq[0] += 1
+            with monkeypatch.context() as calm:
+                calm.setattr(storage.parts.Parts, "_there", there)
+                calm.setattr(writer, "_locked", lambda name: exclusive(store._ours(name) / "lock", "it", 0))
+                try:
+                    writer.write(batch(NAME, bars(add=float(seq[0])), seq[0]))
+                except StoreBusy:
+                    seq[0] -= 1
+        return there(parts, part)
+
+    monkeypatch.setattr(storage.parts.Parts, "_there", rewritten)
+    after = ASKED[asked](store)
+    assert seq[0] > 1
+    if asked not in ("fingerprints", "query"):
+        assert after == before
+
+
+def test_a_part_that_is_gone_for_good_is_still_damage(store, tmp_path: Path):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    for file in tmp_path.rglob("*.parquet"):
+        file.unlink()
+    for asked in ASKED.values():
+        with pytest.raises(StoreDamaged, match="is missing"):
+            asked(store)
+
+
+def test_the_first_look_at_a_table_may_meet_a_writer(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    reader = open_store(f"parquet://{tmp_path}")
+    made = storage.parquet._from_json
+
+    def late(text: bytes):
+        with monkeypatch.context() as calm:
+            calm.setattr(storage.parquet, "_from_json", made)
+            store.write(batch(NAME, bars(add=1.0), 2))
+        monkeypatch.setattr(storage.parquet, "_from_json", made)
+        return made(text)
+
+    monkeypatch.setattr(storage.parquet, "_from_json", late)
+    assert reader.count(NAME) == 96
