@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -29,6 +30,9 @@ ENGINES = {
 }
 
 
+_FOLDERS = ("chdb", "csv", "delta", "excel", "parquet")
+
+
 def open_store(url: str, name: str | None = None) -> Store:
     """Return the store of `scheme://place`; `name` is what reports call it (the URL, without credentials, by default).
 
@@ -45,7 +49,27 @@ def open_store(url: str, name: str | None = None) -> Store:
             f"a {scheme}:// store needs the package {package}, which is not installed; "
             f"where MarketSync is checked out, run: pip install -e '.{extra}'"
         )
+    if scheme not in _FOLDERS:
+        _refuse_unescaped(url, name)
     return import_module(module).open_url(url, name or _shown(url))
+
+
+def _refuse_unescaped(url: str, name: str | None) -> None:
+    """Refuse a user or password that ends early for whoever reads the URL, whose rest would then be shown as its host,
+    its port or an option."""
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    who, _, host = authority.rpartition("@")
+    place, _, fragment = rest[len(authority) :].partition("#")
+    path, _, query = place.partition("?")
+    port = host.rpartition(":")[2] if ":" in host and not host.endswith("]") else ""
+    option = query if port.strip("0123456789") else query.partition("=")[0]
+    if "@" in path + option + fragment or re.search(r"[@\[\]\s]|%(?![0-9A-Fa-f]{2})", who):
+        raise ConfigurationError(
+            f"the URL of {f'the store {name}' if name else f'a {scheme}:// store'} has characters in its user or "
+            "password that mean something else there: write each of @ / ? # % [ ] and blanks as % and two digits (/ is "
+            f"%2F), or keep it as a secret, {scheme}://user:$secret.NAME@host, for which that is done"
+        )
 
 
 def _shown(url: str) -> str:

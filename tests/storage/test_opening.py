@@ -28,6 +28,20 @@ def test_a_password_is_in_no_message(tmp_path: Path):
     assert "pa55word" not in str(refused.value)
 
 
+SERVERS = ("clickhouse", "dolphindb", "marketstore", "mongodb", "mysql", "nats", "postgresql", "redis", "rediss")
+
+
+@pytest.mark.parametrize("scheme", SERVERS)
+@pytest.mark.parametrize("character", [*"/?#@ []", "%zz"])
+def test_a_password_that_a_url_cannot_carry_is_refused_and_no_part_of_it_told(scheme: str, character: str):
+    url = f"{scheme}://user:12S3cr{character}etPw@127.0.0.1:9/made"
+    for each in (url, url + "?option=1", url.replace("12S3cr", "12")):
+        with pytest.raises(ConfigurationError, match="write each of @ / ") as refused:
+            open_store(each)
+        assert not any(part in str(refused.value) for part in ("S3cr", "etPw"))
+        assert refused.value.__cause__ is None
+
+
 @pytest.mark.parametrize("url", ["delta://", "csv://./a?x=1", "parquet://a#b"])
 def test_a_url_that_names_no_folder_is_refused(url: str):
     with pytest.raises(ConfigurationError, match="absolute"):
