@@ -263,6 +263,8 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 def _copied(
     source: End, target: End, survey: _Survey, workspace: Workspace | None, told: Callable[[Copied], None]
 ) -> Copied:
+    import polars as pl
+
     dataset, store = survey.dataset, target.store
     result = Copied(dataset, survey.rows)
     if store.schema(dataset) != survey.table:
@@ -284,6 +286,9 @@ def _copied(
             result.read += frame.height
             _add(result, written)
             told(result)
+    if survey.rows and reached < _DONE:  # the last chunks have no rows
+        none = pl.DataFrame(schema=survey.schema.polars(system=True))
+        store.write(Batch(dataset, survey.schema, lane, _DONE, none, Mode.UPSERT))
     _verify(result, source, target, survey)
     if not result.problems and lease is not None:
         result.covered = lease.end()

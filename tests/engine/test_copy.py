@@ -185,6 +185,21 @@ def test_what_the_target_would_change_is_told_by_column_and_count_before_a_row_i
         copy(home, f"delta://{tmp_path}/delta", dry_run=True)
 
 
+def test_rows_that_were_deleted_from_the_target_are_copied_again_where_the_last_chunk_has_none(
+    tmp_path: Path, small, monkeypatch
+):
+    monkeypatch.setattr(tasks.copy, "_GROUP", 1)
+    late, early = bars(("A",), first=24 * 400, rows=5), bars(("A", "Z"), rows=5)
+    source = filled(f"delta://{tmp_path}/source", pl.concat([early, late]))
+    target = f"delta://{tmp_path}/target"
+    copy(source, target)
+    with closing(open_store(target)) as store:
+        assert store.delete("made.bars", Filter(subjects=["A"])) == 10
+    (again,) = copy(source, target)
+    assert (again.inserted, again.problems) == (10, [])
+    assert_frame_equal(rows_of(target), rows_of(source))
+
+
 def test_a_table_that_is_cut_otherwise_takes_the_rows_and_one_of_other_types_does_not(source: str, tmp_path: Path):
     by_year = replace(BARS, period=Period.YEAR, columns=(*BARS.columns, *WIDE.columns[2:3]))
     target = filled(
