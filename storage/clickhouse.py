@@ -479,8 +479,8 @@ class ClickHouseStore:
         return evolution.fit(dataset, admission.admit(dataset, frame, sent, self.capabilities), sent, stored)
 
     def _with_keys(self, dataset: str, schema: Schema, frame: pl.DataFrame) -> pl.DataFrame:
-        """Return the rows that have a key of the frame, by its subjects and its range of times."""
-        names = [*schema.names, *SYSTEM_COLUMNS]
+        """Return at least the rows that have a key of the frame, by its subjects and its range of times, without the
+        system columns, which nobody compares."""
         where: list[str] = []
         if frame.is_empty():
             where.append("0")
@@ -496,7 +496,7 @@ class ClickHouseStore:
                 where.append(_among(name, subjects))
             else:
                 where.append(f"{name} >= {_literal(subjects[0])} AND {name} <= {_literal(subjects[-1])}")
-        return self._select(dataset, schema, names, where).join(frame, on=list(schema.key), how="semi")
+        return self._select(dataset, schema, schema.names, where)
 
     def _where(self, dataset: str, schema: Schema, filter: Filter) -> list[str]:
         since, until = filters.bounds(dataset, filter, schema)

@@ -57,6 +57,8 @@ _LOCK = "_lock"
 _NEW = "_new"
 _NULL_FILE = "~null.csv"  # of rows without a subject, where it may be null
 _TAIL_BYTES = 256
+# a file that a write looks into and then writes anew is read once, as long as so many rows of such files are held
+_KEPT_ROWS = 500_000
 _FILE = "__file"
 _PLAIN = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,99}(?<!\.)")
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?")
@@ -91,6 +93,9 @@ class _Change:
 
     put: dict[str, tuple[str | None, pl.DataFrame]] = field(default_factory=dict)
     out: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+
+_Kept = dict[str, "pl.DataFrame"]  # file: its rows, while one write holds the lock
 
 
 class CsvStore:
@@ -149,16 +154,15 @@ class CsvStore:
     def write(self, batch: Batch) -> Written:
         dataset = batch.dataset
 
-        def decide(state: _State) -> tuple[_Change | None, Written]:
+        def decide(state: _State, kept: _Kept) -> tuple[_Change | None, Written]:
             if state.lanes.get(batch.lane, 0) >= batch.seq:
                 return None, Written(already=True)
             frame = admission.admit(dataset, batch.frame, batch.schema, self.capabilities)
             frame, absent = evolution.fit(dataset, frame, batch.schema, state.schema)
             if batch.mode is Mode.APPEND:
                 return _Change(_by_file(dataset, frame, state.schema)), Written(inserted=frame.height)
-            split = classify.split(
-                frame, self._with_keys(dataset, state, frame), state.schema, absent=absent, tag=_FILE
-            )
+            there = self._with_keys(dataset, state, frame, kept)
+            split = classify.split(frame, there, state.schema, absent=absent, tag=_FILE)
             written = Written(split.new.height, split.changed.height, split.equal)
             return _change(dataset, state.schema, split, {tag: split.changed for tag in split.tags}), written
 
@@ -167,13 +171,14 @@ class CsvStore:
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         import polars as pl
 
-        def decide(state: _State) -> tuple[_Change | None, Written]:
+        def decide(state: _State, kept: _Kept) -> tuple[_Change | None, Written]:
             put = admission.admit(dataset, frame, schema, self.capabilities)
             put, absent = evolution.fit(dataset, put, schema, state.schema)
             filters.refuse_outside(dataset, put, span, state.schema)
-            split = classify.split(put, self._with_keys(dataset, state, put), state.schema, absent=absent, tag=_FILE)
+            there = self._with_keys(dataset, state, put, kept)
+            split = classify.split(put, there, state.schema, absent=absent, tag=_FILE)
             key = list(state.schema.key)
-            gone = self._found(dataset, state, span).select(*key, _FILE).join(put, on=key, how="anti")
+            gone = self._found(dataset, state, span, kept).select(*key, _FILE).join(put, on=key, how="anti")
             written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
             if not (split.new.height or split.changed.height or gone.height):
                 return None, written
@@ -241,8 +246,8 @@ class CsvStore:
     # the rest
 
     def delete(self, dataset: str, filter: Filter) -> int:
-        def decide(state: _State) -> tuple[_Change | None, Written]:
-            gone = self._found(dataset, state, filter).select(*state.schema.key, _FILE)
+        def decide(state: _State, kept: _Kept) -> tuple[_Change | None, Written]:
+            gone = self._found(dataset, state, filter, kept).select(*state.schema.key, _FILE)
             if gone.is_empty():
                 return None, Written()
             return _Change(out=dict.fromkeys(gone[_FILE].unique(), gone)), Written(deleted=gone.height)
@@ -392,13 +397,18 @@ class CsvStore:
             state = self._table(dataset, locked=True)
             return self._own_rows(dataset, state, name) if name in state.files else _empty(schema)
 
-    def _own_rows(self, dataset: str, state: _State, name: str) -> pl.DataFrame:
-        """Return the rows of one file of the table, for who holds the lock."""
+    def _own_rows(self, dataset: str, state: _State, name: str, kept: _Kept | None = None) -> pl.DataFrame:
+        """Return the rows of one file of the table, for who holds the lock, and has `kept` some since."""
+        if kept is not None and name in kept:
+            return kept[name]
         path = self._folder(dataset) / name
         content = _content(path, state.files[name])
         if content is None:
             raise _foreign(path)
-        return _decoded(content, state.schema, path)
+        rows = _decoded(content, state.schema, path)
+        if kept is not None and sum(map(len, kept.values())) + rows.height <= _KEPT_ROWS:
+            kept[name] = rows
+        return rows
 
     def _within(self, dataset: str, state: _State, filter: Filter) -> list[str]:
         """Return the files that can hold a row of the filter."""
@@ -411,47 +421,54 @@ class CsvStore:
             if (wanted is None or entry.subject in wanted) and _meets(since, until, entry, state.schema)
         ]
 
-    def _found(self, dataset: str, state: _State, filter: Filter) -> pl.DataFrame:
+    def _found(self, dataset: str, state: _State, filter: Filter, kept: _Kept) -> pl.DataFrame:
         """Return the rows of the filter, with the name of each row's file."""
         condition = filters.expression(dataset, filter, state.schema)
-        return self._tagged(dataset, state, self._within(dataset, state, filter), condition)
+        names = self._within(dataset, state, filter)
 
-    def _with_keys(self, dataset: str, state: _State, frame: pl.DataFrame) -> pl.DataFrame:
+        def wanted(_: str, rows: pl.DataFrame) -> pl.DataFrame:
+            return rows if condition is None else rows.filter(condition)
+
+        return self._tagged(dataset, state, names, wanted, kept)
+
+    def _with_keys(self, dataset: str, state: _State, frame: pl.DataFrame, kept: _Kept) -> pl.DataFrame:
         """Return the rows that have a key of the frame, with the name of each row's file."""
         schema = state.schema
-        names = list(state.files)
+        names, keys = list(state.files), frame.select(schema.key)
+        of: dict[str | None, pl.DataFrame] | None = None
         if schema.subject is not None and schema.subject in schema.key:
-            subjects = set(frame[schema.subject].unique())
-            names = [name for name in names if state.files[name].subject in subjects]
+            of = {subject: part for (subject,), part in keys.partition_by(schema.subject, as_dict=True).items()}
+            names = [name for name in names if state.files[name].subject in of]
         if schema.time is not None and schema.time in schema.key and frame.height:
             low, high = frame[schema.time].min(), frame[schema.time].max()
             names = [name for name in names if _meets(low, high, state.files[name], schema)]
-        return self._tagged(dataset, state, names, None, frame)
+
+        def wanted(name: str, rows: pl.DataFrame) -> pl.DataFrame:
+            # a file's rows meet the keys of its subject only, and not each file's those of the whole batch
+            return rows.join(keys if of is None else of[state.files[name].subject], on=schema.key, how="semi")
+
+        return self._tagged(dataset, state, names, wanted, kept)
 
     def _tagged(
         self,
         dataset: str,
         state: _State,
         names: list[str],
-        condition: pl.Expr | None,
-        keys: pl.DataFrame | None = None,
+        wanted: Callable[[str, pl.DataFrame], pl.DataFrame],
+        kept: _Kept,
     ) -> pl.DataFrame:
         import polars as pl
 
         found = [_empty(state.schema).with_columns(pl.lit("").alias(_FILE))]
         for name in names:
-            rows = self._own_rows(dataset, state, name)
-            if condition is not None:
-                rows = rows.filter(condition)
-            if keys is not None:
-                rows = rows.join(keys, on=list(state.schema.key), how="semi")
+            rows = wanted(name, self._own_rows(dataset, state, name, kept))
             found.append(rows.with_columns(pl.lit(name).alias(_FILE)))
         return pl.concat(found)
 
     def _commit(
         self,
         dataset: str,
-        decide: Callable[[_State], tuple[_Change | None, Written]],
+        decide: Callable[[_State, _Kept], tuple[_Change | None, Written]],
         *,
         lane: str | None = None,
         seq: int = 0,
@@ -460,7 +477,8 @@ class CsvStore:
         self._table(dataset)
         with self._locked(dataset):
             state = self._table(dataset, locked=True)
-            change, written = decide(state)
+            kept: _Kept = {}
+            change, written = decide(state, kept)
             if change is None:
                 return written
             after = state if lane is None else replace(state, lanes={**state.lanes, lane: seq})
@@ -473,7 +491,7 @@ class CsvStore:
                     whole[name] = (subject, rows)
             for name in change.out:
                 whole.setdefault(name, (state.files[name].subject, None))
-            self._exchange(dataset, state, replace(after, files=files), whole, change.out)
+            self._exchange(dataset, state, replace(after, files=files), whole, change.out, kept)
         return written
 
     def _exchange(
@@ -483,6 +501,7 @@ class CsvStore:
         after: _State,
         whole: Mapping[str, tuple[str | None, pl.DataFrame | None]],
         out: Mapping[str, pl.DataFrame] | None = None,
+        kept: _Kept | None = None,
     ) -> _State:
         """Write each file of `whole` anew (its rows, without the keys in `out`, with the rows to put), and commit."""
         import polars as pl
@@ -492,7 +511,7 @@ class CsvStore:
         for name, (subject, rows) in whole.items():
             frames = [] if rows is None else [rows]
             if name in state.files:
-                old = self._own_rows(dataset, state, name)
+                old = self._own_rows(dataset, state, name, kept)
                 if out is not None and name in out:
                     old = old.join(out[name], on=key, how="anti")
                 types = after.schema.polars(system=True)
@@ -685,9 +704,18 @@ def _encoded(rows: pl.DataFrame, *, header: bool) -> memoryview:
     }
     buffer = io.BytesIO()
     rows.with_columns(
-        pl.col(name).dt.strftime(texts[type_]) for name, type_ in rows.schema.items() if type_ in texts
+        _written(rows[name], texts[type_]) for name, type_ in rows.schema.items() if type_ in texts
     ).write_csv(buffer, include_header=header)
     return buffer.getbuffer()
+
+
+def _written(times: pl.Series, form: str) -> pl.Series:
+    """Return the times as text; runs of one time, as that of arrival is, are written once."""
+    runs = times.rle_id()
+    last = runs[-1] if runs.len() else None
+    if last is None or last > times.len() // 4:
+        return times.dt.strftime(form)
+    return times.filter(runs.diff().fill_null(1) != 0).dt.strftime(form).gather(runs).alias(times.name)
 
 
 def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
