@@ -1,7 +1,9 @@
-"""The rows of the stores' benchmark: python -m benchmarks.store_rows FOLDER SYMBOLS BARS.
+"""The rows of the stores' benchmark: python -m benchmarks.store_rows FOLDER SYMBOLS BARS LONGER.
 
 Writes FOLDER/append/*.arrow, bars of each symbol, and FOLDER/upsert/*.arrow, as many from the middle on: the first half
-of them changed, the other half new. Prints, for the counts of rows that the benchmark takes, what a right table holds.
+of them changed, the other half new. For small updates FOLDER/small/*.arrow has batches of the newest period, half of
+each changed rows, and FOLDER/history/*.arrow older bars, so many that with `append` there are LONGER times as many.
+Prints, for the counts of rows that the benchmark takes, what a right table holds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import polars as pl
 
 BATCH_ROWS = 131_072
 COUNTS = (2_000, 10_000, 20_000, 50_000, 100_000, 200_000)
+SMALL_ROWS, SMALL_BATCHES = 10_000, 4
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
 
@@ -46,22 +49,37 @@ def sums(frames: Iterator[pl.DataFrame]) -> dict[str, float]:
     return {"rows": rows.height, "volume": int(rows["volume"].sum()), "close": round(float(rows["close"].sum()), 2)}
 
 
-def main(folder: Path, symbols: int, count: int) -> dict[str, dict[str, dict[str, float]]]:
+def main(folder: Path, symbols: int, count: int, longer: int) -> dict[str, dict[str, dict[str, float]]]:
     steps = {
         "append": bars(symbols, 0, count, 0.0, "bench-000001"),
         "upsert": bars(symbols, count // 2, count, 0.25, "bench-000002"),
     }
     for step, frame in steps.items():
-        (folder / step).mkdir(parents=True)
-        for number, part in enumerate(frame.iter_slices(BATCH_ROWS)):
-            part.rechunk().write_ipc(folder / step / f"{number:04d}.arrow", compat_level=pl.CompatLevel.oldest())
+        _written(folder / step, frame.iter_slices(BATCH_ROWS))
+    history = bars(symbols, -(longer - 1) * count, (longer - 1) * count, 0.0, "bench-000003")
+    _written(folder / "history", history.iter_slices(BATCH_ROWS))
+    each = min(SMALL_ROWS, symbols * count // 10) // symbols
+    small = [
+        bars(symbols, count + (2 * n - 1) * each // 2, each, 0.5 * (n + 1), "bench-000004")
+        for n in range(SMALL_BATCHES)
+    ]
+    _written(folder / "small", iter(small))
+    short = sums(iter([steps["append"], *small]))
+    before = sums(iter([history]))
     counts = [each for each in (*COUNTS, symbols * count) if each <= symbols * count]
     return {
         "append": {str(n): sums(iter([steps["append"].head(n)])) for n in counts},
         "upsert": {str(n): sums(iter([steps["append"].head(n), steps["upsert"].head(n)])) for n in counts},
+        "small": {"short": short, "long": {name: round(short[name] + before[name], 2) for name in short}},
     }
 
 
+def _written(folder: Path, frames: Iterator[pl.DataFrame]) -> None:
+    folder.mkdir(parents=True)
+    for number, part in enumerate(frames):
+        part.rechunk().write_ipc(folder / f"{number:04d}.arrow", compat_level=pl.CompatLevel.oldest())
+
+
 if __name__ == "__main__":
-    folder, symbols, count = sys.argv[1:]
-    print(json.dumps(main(Path(folder), int(symbols), int(count))))
+    folder, symbols, count, longer = sys.argv[1:]
+    print(json.dumps(main(Path(folder), int(symbols), int(count), int(longer))))

@@ -4,8 +4,10 @@ Each engine takes bars (append), then half of them changed beside as many new on
 the engine delivers: through our store, and in the same round through the engine's bulk path written by hand, polars,
 SQLAlchemy and dlt. `dlt-arrow` is given the Arrow tables of the batches, its best case; `dlt-rows` pages of a thousand
 dicts, as its REST sources yield them. Each is a process of its own; its start is not counted, the processor time of its
-server is counted apart. Writes benchmarks/out/stores.md and stores.json. Exit code 0: all targets met (a quick run asks
-for none); 1: a run failed or stored wrong rows; 3: a target was missed.
+server is counted apart. Then small updates, 10,000 rows of the newest period of which half are changed, go into a table
+of those bars and one with three times as many older ones besides: what they cost must not grow with the history.
+Writes benchmarks/out/stores.md and stores.json. Exit code 0: all targets met (a quick run asks for none); 1: a run
+failed or stored wrong rows; 3: a target was missed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ ENGINES = ("delta", "parquet", "csv", "excel", "chdb", "clickhouse", "postgresql
 STEPS = ("append", "upsert")
 SYMBOLS = 200
 BARS = 5_000
-RAW_RATIO, DLT_RATIO, CLIENT_MB = 1.25, 5.0, 600
+RAW_RATIO, DLT_RATIO, CLIENT_MB, GROWTH = 1.25, 5.0, 600, 1.3
+LONGER = 4
+TABLES = {"short": ("append",), "long": ("history", "append")}  # that small updates go into, and what fills them
 # ways beside ours, with the most rows that they are given: slow ones are compared by the row
 BESIDE = {
     "delta": {"raw": None, "dlt-arrow": None, "dlt-rows": 200_000},
@@ -66,6 +70,9 @@ NOT_MEASURED = (
     "dlt has no destination for chDB, MongoDB or Excel, and that for ClickHouse asks for the native port of a server. "
     "MarketStore and DolphinDB have doubles here, whose speed says nothing."
 )
+
+
+Wanted = dict[str, dict[str, dict[str, float]]]  # step: number of rows, or the table: what a right one holds
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ def main() -> int:
     found: list[Figures] = []
     for engine in chosen:
         with _server(engine, scratch) as (url, server):
+            if engine not in MOST_ROWS:
+                for figures in _small(engine, url, server, scratch, symbols * BARS, wanted):
+                    found.append(figures)
+                    _say(figures)
             for number in range(1, (1 if options.quick else options.rounds) + 1):
                 ways = ["store", *BESIDE[engine]]
                 # whoever is first finds the machine in another state
@@ -132,9 +143,9 @@ def main() -> int:
     return 1 if wrong else 3 if missed and not options.quick else 0
 
 
-def _prepared(folder: Path, symbols: int) -> dict[str, list[tuple[int, float]]]:
+def _prepared(folder: Path, symbols: int) -> Wanted:
     """Write the batches of both steps in a process of its own; return running totals for any number of rows."""
-    command = [sys.executable, "-m", "benchmarks.store_rows", str(folder), str(symbols), str(BARS)]
+    command = [sys.executable, "-m", "benchmarks.store_rows", str(folder), str(symbols), str(BARS), str(LONGER)]
     cost = run(command, ROOT, folder.with_name("prepare.log"))
     if cost.exit_code:
         raise SystemExit(folder.with_name("prepare.log").read_text())
@@ -149,7 +160,7 @@ def _measured(
     number: int,
     scratch: Path,
     most: int,
-    wanted: dict[str, list[tuple[int, float]]],
+    wanted: Wanted,
 ) -> Iterator[Figures]:
     dataset = f"{way.replace('-', '_')}{number}.bars"
     dlt = way.startswith("dlt-")
@@ -185,7 +196,7 @@ def _measured(
         where = dataset if url or not dlt else f"out/{dataset.replace('.', '/')}"
         checked = run([*ask("check")[:6], where, *ask("check")[7:]], ROOT, log)
         stored = json.loads(checked.output) if checked.exit_code == 0 else {}
-        right = stored == wanted[step][str(most)]  # pyright: ignore[reportArgumentType]
+        right = stored == wanted[step][str(most)]
         yield Figures(
             engine,
             way,
@@ -197,9 +208,40 @@ def _measured(
             None if before is None or after is None else after - before,
             cost.peak_mb,
             right,
-            "" if right else f"{stored or _last(log)} instead of {wanted[step][str(most)]}",  # pyright: ignore[reportArgumentType]
+            "" if right else f"{stored or _last(log)} instead of {wanted[step][str(most)]}",
         )
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _small(engine: str, url: str, server: int | None, scratch: Path, rows: int, wanted: Wanted) -> Iterator[Figures]:
+    """Fill a short and a long table through our store, and tell what a small update of each costs."""
+    data = scratch / "data"
+    for table, filled in TABLES.items():
+        place = url or f"{engine}://{scratch / f'{engine}-{table}'}"
+        log = scratch / f"{engine}-{table}.log"
+
+        def ask(step: str, place: str = place, table: str = table) -> list[str | Path]:
+            named = ("store", engine, place, f"small.{table}", step, data, str(LONGER * rows))
+            return [sys.executable, "-m", "benchmarks.store_ways", *named]
+
+        costs = [run(ask(step), ROOT, log) for step in filled]
+        before = _spent(server)
+        cost = run(ask("small"), ROOT, log)
+        after = _spent(server)
+        if any(each.exit_code for each in (*costs, cost)):
+            yield Figures(engine, table, "small", 1, rows, 0, 0, None, cost.peak_mb, False, _last(log))
+            return
+        said = json.loads(cost.output.splitlines()[-1])
+        checked = run(ask("check"), ROOT, log)
+        stored = json.loads(checked.output) if checked.exit_code == 0 else {}
+        spent = None if before is None or after is None else (after - before) / said["batches"]
+        note = "" if stored == wanted["small"][table] else f"{stored or _last(log)} instead of {wanted['small'][table]}"
+        yield Figures(
+            *(engine, table, "small", 1, int(said["rows"])),
+            *(said["seconds"], said["cpu"], spent, cost.peak_mb, not note, note),
+        )
+        if not url:
+            shutil.rmtree(scratch / f"{engine}-{table}", ignore_errors=True)
 
 
 @contextmanager
@@ -294,6 +336,12 @@ def _targets(found: list[Figures]) -> list[str]:
         lines.append(f"| {engine} | {step} | {claim} | {measured:.2f} | {asked} | {verdict} |")
 
     for engine, step in dict.fromkeys((figures.engine, figures.step) for figures in found):
+        tables = {f.way: f for f in found if (f.engine, f.step, f.right) == (engine, "small", True)}
+        if step == "small" and len(tables) == len(TABLES):
+            short, long = (tables[table] for table in TABLES)
+            for claim, of, asked in (("CPU", "cpu_us", f"<= {GROWTH}"), ("time", "wall_us", "")):
+                growth = getattr(long, of) / getattr(short, of)
+                add(engine, step, f"{claim} with {LONGER} times the rows", growth, asked, growth <= GROWTH)
         if raw := _ratios(found, engine, step, "raw", "cpu_us"):
             ratio = median(1 / each for each in raw)
             add(
@@ -324,7 +372,7 @@ def _write(found: list[Figures], out: Path, quick: bool, chosen: list[str]) -> N
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; the writing itself, without the start of the process; medians over "
         "rounds, ratios within a round.",
         "",
-        ", ".join(f"{name} {value}" for name, value in on.items()),
+        f"{', '.join(f'{name} {value}' for name, value in on.items())}; load average {os.getloadavg()[2]:.1f}",
         "",
         *(["**A quick run: a twentieth of the rows. Its targets are not meant.**", ""] if quick else []),
         " ".join([*(why for engine, why in STAND_INS.items() if engine in chosen), NOT_MEASURED]),

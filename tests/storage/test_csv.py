@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from stored_frames import BARS, HOSTILE_TEXT, INSTRUMENTS, bars, batch, stamped
 
+import storage.csv
 import storage.files
 from marketsync.errors import StoreError
+from marketsync.schema import Schema
 from storage.csv import file_name
 from storage.protocol import Mode, Written
 from storage.registry import open_store
@@ -107,6 +109,25 @@ def test_later_rows_are_appended_and_earlier_ones_put_in_their_place(store, tmp_
     assert times.is_sorted()
     assert len(times) == 13
     assert store.scan(NAME).collect().height == 23
+
+
+@pytest.mark.parametrize("held", [0, 10, 1000])
+def test_an_upsert_of_many_files_holds_only_so_many_of_their_rows(store, monkeypatch: pytest.MonkeyPatch, held: int):
+    monkeypatch.setattr("storage.csv._KEPT_ROWS", held)
+    read: list[str] = []
+    decoded = storage.csv._decoded
+
+    def counted(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
+        read.append(path.stem)
+        return decoded(content, schema, path)
+
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(("A", "B", "C"), rows=10)))
+    monkeypatch.setattr("storage.csv._decoded", counted)
+    changed = bars(("A", "B", "C"), first=5, rows=10).with_columns(close=pl.lit(1.5))
+    assert store.write(batch(NAME, changed, 2)) == Written(inserted=15, updated=15)
+    assert len(read) == 6 - min(held // 10, 3)  # a file that was not held is read twice
+    assert store.scan(NAME).collect()["close"].value_counts().filter(close=1.5)["count"].item() == 30
 
 
 @pytest.mark.parametrize("step", range(10))
