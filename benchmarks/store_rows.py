@@ -60,8 +60,7 @@ def main(folder: Path, symbols: int, count: int, longer: int) -> dict[str, dict[
     _written(folder / "history", history.iter_slices(BATCH_ROWS))
     each = min(SMALL_ROWS, symbols * count // 10) // symbols
     small = [
-        bars(symbols, count + (2 * n - 1) * each // 2, each, 0.5 * (n + 1), "bench-000004")
-        for n in range(SMALL_BATCHES)
+        bars(symbols, count + (n - 1) * (each // 2), each, 0.5 * (n + 1), "bench-000004") for n in range(SMALL_BATCHES)
     ]
     _written(folder / "small", iter(small))
     short = sums(iter([steps["append"], *small]))

@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(ENGINES), help=f"engines: {', '.join(ENGINES)}")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the rows, one round: does it run at all?")
     parser.add_argument("--rounds", type=int, default=3, help="how often each way runs (default 3)")
+    parser.add_argument("--small", action="store_true", help="small updates only")
     options = parser.parse_args()
     chosen = [name.strip() for name in options.only.split(",")]
     if unknown := [name for name in chosen if name not in ENGINES]:
@@ -125,7 +126,8 @@ def main() -> int:
                 for figures in _small(engine, url, server, scratch, symbols * BARS, wanted):
                     found.append(figures)
                     _say(figures)
-            for number in range(1, (1 if options.quick else options.rounds) + 1):
+            rounds = 0 if options.small else 1 if options.quick else options.rounds
+            for number in range(1, rounds + 1):
                 ways = ["store", *BESIDE[engine]]
                 # whoever is first finds the machine in another state
                 for way in ways if number % 2 else ways[::-1]:
