@@ -115,14 +115,15 @@ def found(root: Path, dataset: str, wish: Wish, suffix: str) -> tuple[Path, list
         files = [file for file in files if not file.name.startswith((".", "_"))]
         if files:
             return place, files
-    raise NoTable(_none(root, dataset, places, f"no *{suffix} file"))
+    raise none_there(root, dataset, places, f"no *{suffix} file")
 
 
-def _none(root: Path, dataset: str, places: Sequence[Path], what: str) -> str:
+def none_there(root: Path, dataset: str, places: Sequence[Path], what: str) -> NoTable:
+    """Return the error for a dataset of which none of the places has a table."""
     provider, name = location.split(dataset)
     aside = root / ASIDE / provider / name
     told = f"; {aside} is the original of an adoption that was cut short: --table {aside}" if aside.exists() else ""
-    return (
+    return NoTable(
         f"there is {what} in {' or '.join(map(str, places))}, so there is no table of {dataset} to adopt; name the one "
         f"that is meant by --table, from {root}{told}"
     )
@@ -166,7 +167,8 @@ def exchanged(
     frames: Iterable[pl.DataFrame],
 ) -> tuple[str, str]:
     """Write the rows as a table of ours in a folder of its own, then move it to where the dataset's table belongs: an
-    original that stands there goes to `_adopted`, any other stays. `parts` are what makes a table, below the root."""
+    original that stands there goes to `_adopted`, any other stays. `parts` are what makes a table, below the root: it
+    is one when the last of them is there, and until then adopting begins anew."""
     provider, name = location.split(dataset)
     target = root / provider / name
     with locks.exclusive(root / f"{_SCRATCH}.lock", f"adopting in {root}"):

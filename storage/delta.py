@@ -19,7 +19,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import ForeignTable, NoTable, StoreError
+from marketsync.errors import ForeignTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
 from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
@@ -222,10 +222,7 @@ class DeltaStore:
                 return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place = self._folder(dataset) if wish.table is None else self._root / Path(wish.table).expanduser()
         if not DeltaTable.is_deltatable(str(place)):
-            raise NoTable(
-                f"there is no Delta table in {place}, so there is none of {dataset} to adopt; name the one that is "
-                f"meant by --table, from {self._root}"
-            )
+            raise copies.none_there(self._root, dataset, [place], "no Delta table")
         self._held.clear()
         with copies.reading(place, DeltaError):
             return copies.copied(

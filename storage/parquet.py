@@ -236,7 +236,7 @@ class ParquetStore:
             return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".parquet")
         hive = {part.partition("=")[0] for file in files for part in file.relative_to(place).parts[:-1] if "=" in part}
-        parts = ["/".join(location.split(dataset)), f"{_OURS}/{dataset}"]
+        parts = [f"{_OURS}/{dataset}", "/".join(location.split(dataset))]
         with copies.reading(place):
             rows = pl.scan_parquet(
                 files,

@@ -4,18 +4,26 @@ is refused with its reason, and then nothing is changed."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import made_by_hand
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from stored_frames import BARS, bars, batch, differences, stamped
 
+import storage.adoption_copies
 from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError
 from marketsync.schema import Column, ColumnType, Period, Schema
 from storage.adoption import Wish
 from storage.protocol import Filter, Mode
+from storage.registry import open_store
 
 SHAPE = Schema(
     (
@@ -350,3 +358,45 @@ def test_a_view_a_wrong_name_and_an_index_that_is_too_strict_are_refused(place_o
     with pytest.raises(AdoptionRefused, match="unique index 'one_each' over symbol would refuse rows"):
         store.adopt(dataset, BARS, replace(WISH, table="prices"))
     store.close()
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("where", ["made/bars", "elsewhere/bars"])
+@pytest.mark.parametrize("scheme", ["parquet", "csv", "delta"])
+def test_a_crash_before_or_between_the_moves_of_an_adoption_leaves_all_rows_to_be_adopted(
+    scheme: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    frame = bars(rows=5).select(BARS.names).sort("symbol", "ts")
+    for moves in range(4):
+        root = tmp_path / str(moves)
+        original = root / where
+        original.mkdir(parents=True)
+        if scheme == "delta":
+            frame.write_delta(original)
+        else:
+            getattr(frame, f"write_{scheme}")(original / f"rows.{scheme}")
+
+        def move(source: Path, target: Path, left=[moves]) -> None:  # noqa: B006 - counts down for one adoption
+            left[0] -= 1
+            if left[0] < 0:
+                raise Crash
+            os.replace(source, target)
+
+        wish = replace(WISH, table=None if where == "made/bars" else where)
+        store: Any = open_store(f"{scheme}://{root}")
+        with monkeypatch.context() as dying, suppress(Crash):
+            dying.setattr(storage.adoption_copies, "os", SimpleNamespace(replace=move))
+            store.adopt("made.bars", BARS, wish)
+            return  # every crash was tried
+        store: Any = open_store(f"{scheme}://{root}")
+        try:
+            store.adopt("made.bars", BARS, wish)
+        except NoTable as error:
+            where_then = str(error).rpartition("--table ")[2]
+            store.adopt("made.bars", BARS, replace(wish, table=where_then))
+        found = store.scan("made.bars").collect().sort("symbol", "ts")
+        assert_frame_equal(found, frame)
+    pytest.fail("an adoption never came to its end")
