@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import os
 import re
 import ssl
 import threading
@@ -106,6 +107,7 @@ class NatsJournal:
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _tails: dict[tuple[str, str], _Tail] = field(default_factory=dict)
     _closed: bool = False
+    _process: int = field(default_factory=os.getpid)
     _last_error: BaseException | None = None
 
     # descriptions
@@ -310,6 +312,7 @@ class NatsJournal:
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            self._leave_parent()
             if self._loop is None:
                 return
             if self._client is not None and not self._client.is_closed:
@@ -362,9 +365,15 @@ class NatsJournal:
             why = self._why(error)
             raise StoreError(f"NATS {self.url}, {what}: {why}") from error
 
+    def _leave_parent(self) -> None:
+        """Forget the thread and the connection of the process that this one was forked from: the thread is not here."""
+        if self._process != os.getpid():
+            self._process, self._loop, self._client = os.getpid(), None, None
+
     def _connected(self) -> Loop:
         if self._closed:
             raise StoreError(f"the store {self.url} was closed; open it again")
+        self._leave_parent()
         if self._loop is None:
             self._loop = Loop()
         if self._client is None or not self._client.is_connected:

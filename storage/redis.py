@@ -70,6 +70,13 @@ redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 return {'done', previous}
 """
 
+# stream, lanes, about; the lane, whose seq is written once more, so that there is something to wait for
+_AGAIN = """
+local seq = redis.call('HGET', KEYS[2], ARGV[1])
+if seq then redis.call('HSET', KEYS[2], ARGV[1], seq) end
+return seq
+"""
+
 # stream, lanes, about; the text, the version that it follows on
 _DESCRIBE = """
 local live = redis.call('EXISTS', KEYS[1]) == 1 and redis.call('EXISTS', KEYS[3]) == 1
@@ -112,6 +119,7 @@ class RedisJournal:
     _client: redis.Redis | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _durable: bool = False
+    _settled: dict[tuple[str, str], int] = field(default_factory=dict)  # the seq of each lane that is on the disk
     _closed: bool = False
 
     @property
@@ -143,6 +151,11 @@ class RedisJournal:
     def committed(self, dataset: str, lane: str) -> int:
         with self.asked(f"reading the lanes of {dataset}") as client:
             found: Any = client.hget(self.keys(dataset)[1], lane)
+            if found and self._settled.get((dataset, lane)) != int(found):
+                # it may be of a batch that the server took and nobody saw on its disk, and it is acknowledged by this
+                self._refuse_forgetful()
+                found = self._durably(client, _AGAIN, dataset, [lane])
+                self._settled[dataset, lane] = int(found or 0)
         return int(found or 0)
 
     def publish(self, dataset: str, lane: str, seq: int, parts: list[Message]) -> bool:
@@ -155,6 +168,8 @@ class RedisJournal:
             said = self._durably(client, _PUBLISH, dataset, given)
         if said[0] == b"gone":
             raise StoreError(f"Redis {self.url}: the log of {dataset} was deleted; the next run makes it anew")
+        if said[0] == b"done":
+            self._settled[dataset, lane] = seq
         return said[0] == b"done"
 
     def _cut(self) -> tuple[str, str]:

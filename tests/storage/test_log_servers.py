@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from followed_logs import batches
 from private_nats import PrivateServer, private_nats
 from private_redis import private_redis
 from private_tls import made_certificates, tls_front
+from redis import Redis
 from stored_frames import BARS, bars, batch
 
 from marketsync.errors import StoreError
@@ -241,3 +246,44 @@ def test_a_connection_is_encrypted_and_its_server_verified(engine: str, started:
         with pytest.raises(StoreError, match="ca_cert, client_cert and verify"):
             stranger.marker("made.bars")
         stranger.close()
+
+
+def test_a_batch_that_redis_took_and_nobody_saw_on_its_disk_is_waited_for_before_it_counts(redis: str):
+    store, seen = log_at(redis), log_at(redis)
+    publish(store, 1, 1)
+
+    def waits() -> int:
+        with Redis.from_url(redis.partition("?")[0]) as client:
+            said: Any = client.info("commandstats")
+        return int(said.get("cmdstat_waitaof", {}).get("calls", 0))
+
+    before = waits()
+    assert store.committed("made.bars", "lane") == 1
+    assert waits() == before, "this process has seen it on the disk itself"
+    assert [seen.committed("made.bars", "lane") for _ in range(2)] == [1, 1]
+    assert waits() == before + 1
+    assert seen.committed("made.bars", "another") == 0
+
+
+@pytest.mark.parametrize("engine", ["nats", "redis"])
+def test_a_store_goes_on_in_a_process_that_was_forked_and_in_its_parent(engine: str, request: pytest.FixtureRequest):
+    store = log_at(request.getfixturevalue(engine))
+    publish(store, 1, 1)
+    child = os.fork()
+    if not child:
+        try:
+            right = store.committed("made.bars", "lane") == 1
+            store.close()
+            os._exit(0 if right else 1)
+        except BaseException:  # noqa: BLE001 - the tests go on in the parent alone
+            os._exit(2)
+    until = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.02)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    publish(store, 2, 2)
+    assert store.committed("made.bars", "lane") == 2
+    store.close()
