@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marketsync.errors import ConfigurationError
+from marketsync.errors import ConfigurationError, StoreDamaged
 from marketsync.planning import instant
 from marketsync.schema import Schema
 from storage.files import sync
@@ -70,8 +70,7 @@ def export(
             new.touch()
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be written: {error.strerror}; name another place") from None
-        with reading(f"the table of {dataset}", source.url):
-            rows = _write(source.scan(dataset, wanted), new, schema)
+        rows = _written(source, dataset, wanted, new, schema)
         sync(new)
         size = new.stat().st_size
         os.replace(new, file)
@@ -125,6 +124,17 @@ def _wanted(
     if first and end and first >= end:
         raise ConfigurationError(f"--since {since} is after --until {until}: no row can be between them")
     return Filter(list(symbols) or None, first, end, list(columns) or None)
+
+
+def _written(source: Store, dataset: str, wanted: Filter, file: Path, schema: Schema, looks: int = 3) -> int:
+    try:
+        with reading(f"the table of {dataset}", source.url):
+            return _write(source.scan(dataset, wanted), file, schema)
+    except StoreDamaged:
+        if looks == 1:
+            raise
+        # perhaps it is only that a writer replaced files under the scan
+        return _written(source, dataset, wanted, file, schema, looks - 1)
 
 
 def _write(rows: pl.LazyFrame, file: Path, schema: Schema) -> int:

@@ -255,3 +255,23 @@ def test_a_workbook_without_its_package_says_how_to_install_it(place: Path, monk
     with pytest.raises(ConfigurationError, match=r"pip install -e '\.\[excel\]'"):
         export("made.bars", "a.xlsx")
     assert export("made.bars", "a.csv").rows == 60
+
+
+def test_a_parquet_table_that_is_written_meanwhile_is_exported_whole(place: Path, monkeypatch: pytest.MonkeyPatch):
+    (place / "upstream.yml").write_text("stores:\n  default: parquet://./files\n")
+    store = open_store(f"parquet://{place}/files")
+    store.ensure("made.bars", SCHEMA)
+    store.write(Batch("made.bars", SCHEMA, "lane", 1, stamped(rows()), Mode.APPEND))
+    changed = rows().with_columns(pl.lit("changed").alias("note"))
+    write, seq = tasks.export._write, [1]
+
+    def meanwhile(found: pl.LazyFrame, *others) -> int:
+        if seq[0] < 3:
+            seq[0] += 1
+            batch = stamped(changed.with_columns(pl.lit(float(seq[0])).alias("close")))
+            store.write(Batch("made.bars", SCHEMA, "lane", seq[0], batch, Mode.UPSERT))
+        return write(found, *others)
+
+    monkeypatch.setattr(tasks.export, "_write", meanwhile)
+    assert ended(monkeypatch, "export", "made.bars", "bars.parquet") == 0
+    assert pl.read_parquet("bars.parquet")["close"].to_list() == [3.0] * 60
