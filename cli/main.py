@@ -70,6 +70,8 @@ def main() -> None:
     # Importing makes some 300,000 objects that all stay: looking for garbage among them is a tenth of a start.
     gc.set_threshold(200_000, 10, 10)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for client in ("urllib3", "clickhouse_connect"):  # what they say of a server that is down, the store's error says
+        logging.getLogger(client).setLevel(logging.ERROR)
     if sys.argv[1:] == ["--version"]:
         from importlib.metadata import version
 

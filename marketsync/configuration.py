@@ -785,7 +785,9 @@ class _Whole:
                 ("plans", name, "stores"),
                 f"nothing of the plan could be read: {', '.join(plan.stores)} is a log of batches, whose rows can be "
                 "neither judged nor looked up, and from which no other store can be filled",
-                f"name one with tables as well: stores: [{', '.join([*(others[:1] or ['default']), *plan.stores])}]",
+                f"name one with tables as well: stores: [{', '.join([*others[:1], *plan.stores])}]"
+                if others
+                else "add one with tables to this file's stores (tables: delta://./data), and name it here too",
             )
         if plan.universe is not None and not isinstance(plan.universe, str) and not plan.universe:
             self._say(("plans", name, "universe"), "the list is empty", "list at least one symbol")

@@ -141,6 +141,8 @@ class StoreDamaged(StoreError):
 class CapabilityError(StoreError):
     """The store cannot do this by its nature (see its `capabilities`); the message says what to do instead."""
 
+    exit_code = ExitCode.CONFIGURATION
+
 
 class ProviderError(MarketSyncError):
     """A provider answered with something its definition does not explain."""

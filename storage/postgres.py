@@ -12,12 +12,13 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
+from marketsync.document import closest
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
 from storage import (
@@ -575,12 +576,29 @@ def open_url(url: str, name: str) -> PostgresStore:
         raise ConfigurationError(f"the store {name}: partition={partition!r} is none of {', '.join(_PARTITIONS)}")
     if not parts.path.strip("/"):
         raise ConfigurationError(f"the store {name} names no database: write postgresql://user@host:5432/database")
+    if options:
+        _refuse_unknown(options, name)
     options.setdefault("connect_timeout", "10")
     options.setdefault("application_name", "marketsync")
     query = urlencode(options, quote_via=quote)
     address = urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
     host = parts.netloc.rpartition("@")[2]
     return PostgresStore(f"postgresql://{host}{parts.path}", name, address, partition)
+
+
+def _refuse_unknown(options: Iterable[str], name: str) -> None:
+    """Raise `ConfigurationError` for an option that libpq does not have, before a run fetches in vain."""
+    from psycopg.pq import Conninfo
+
+    known = {"ssl", *(each.keyword.decode() for each in Conninfo.get_defaults())}  # ?ssl=true is libpq's own alias
+    for option in options:
+        if option not in known:
+            meant = closest(option, sorted(known | {"partition"}))
+            hint = f"did you mean {meant}? " if meant else ""
+            raise ConfigurationError(
+                f"the store {name}: {option} is no option of a postgresql:// store; {hint}options: partition, and "
+                "libpq's, such as sslmode, sslrootcert, connect_timeout, options"
+            )
 
 
 def _adbc(address: str) -> dbapi.Connection:

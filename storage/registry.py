@@ -46,8 +46,8 @@ def open_store(url: str, name: str | None = None) -> Store:
     module, package, extra = ENGINES[scheme]
     if find_spec(package) is None:
         raise ConfigurationError(
-            f"a {scheme}:// store needs the package {package}, which is not installed; "
-            f"where MarketSync is checked out, run: pip install -e '.{extra}'"
+            f"{scheme}:// stores need the package {package}, which is not installed; where MarketSync is checked out, "
+            f"run: make install (every engine) or pip install -e '.{extra}'"
         )
     if scheme not in _FOLDERS:
         _refuse_unescaped(url, name)

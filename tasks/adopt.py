@@ -34,6 +34,7 @@ SHOWN_SPANS = 10
 _DAY = timedelta(days=1)
 _BUCKET = timedelta(minutes=15)
 _EPOCH = date(1970, 1, 1).toordinal()
+_PASSED_BY = "the dataset has that table of ours, so the one that --table names was not looked at"
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adop
         adoption.rows,
         adoption.kept,
         tuple(adoption.done),
-        (*adoption.notes, *belief.notes),
+        (*adoption.notes, *([_PASSED_BY] if adoption.already and asked.table else []), *belief.notes),
         len(names),
         len(belief.spans),
         belief.complete,

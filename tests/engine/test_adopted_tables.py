@@ -100,6 +100,10 @@ def refused_then_adopted(here) -> None:
     assert (found.rows, found.complete, found.owed_requests) == (745, 745, 3)
     (again,) = adopt(open_workspace(here.config), "p")
     assert (again.already, again.spans, again.owed_requests) == (True, (), 3)
+    (other,) = adopt(open_workspace(here.config), "p", Asked(table="another"))
+    assert other.already
+    assert "was not looked at" in " ".join(other.notes)
+    assert "was not looked at" not in " ".join(again.notes)
     run = here.sync_here()
     assert (run.code, run.sent) == (0, 3), run.words
     assert asked(here) == MISSING

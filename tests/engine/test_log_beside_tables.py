@@ -110,3 +110,12 @@ def test_a_plan_of_a_log_alone_is_refused_with_the_remedy(place, log: str):
     told = said(here, "sync", code=2)
     assert "plans.p.stores: nothing of the plan could be read: queue is a log" in told
     assert "stores: [bars, queue]" in told
+    here.write({**PLAN, "stores": ["queue"]}, stores={"queue": log})
+    assert "add one with tables to this file's stores" in said(here, "sync", code=2)
+
+
+def test_a_log_that_is_asked_as_a_table_is_a_wrong_command(place, log: str):
+    here: Place = place()
+    here.write({**PLAN, "stores": ["default", "queue"]}, stores={"default": "delta://./data", "queue": log})
+    for asked in (["query", "SELECT 1", "--store", "queue"], ["export", BARS, "bars.csv", "--store", "queue"]):
+        assert "is followed (`marketsync follow queue DATASET`" in said(here, *asked, code=2)

@@ -155,6 +155,7 @@ def test_a_server_that_is_not_there_is_named_with_what_to_look_at_and_without_th
         ("postgresql://host", "names no database"),
         ("postgresql://host/", "names no database"),
         ("postgresql://host/db?partition=week", "'week' is none of none, month, year"),
+        ("postgresql://host/db?sslmod=require", "sslmod is no option.*did you mean sslmode"),
     ],
 )
 def test_a_url_that_cannot_be_meant_is_refused_when_it_is_opened(url, words):
@@ -162,10 +163,9 @@ def test_a_url_that_cannot_be_meant_is_refused_when_it_is_opened(url, words):
         open_url(url, "pg")
 
 
-def test_an_option_that_libpq_does_not_know_is_told(postgres):
-    store = open_url(f"{postgres}?sslmood=require", "pg")
-    with pytest.raises(StoreError, match="sslmood"):
-        store.datasets()
+@pytest.mark.parametrize("options", ["connect_timeout=3&partition=year", "ssl=true", "options=-c%20jit%3Doff"])
+def test_every_option_of_libpq_is_taken(options: str):
+    assert open_url(f"postgresql://host/db?{options}", "pg").url == "postgresql://host/db"
 
 
 def test_a_scan_that_is_left_holds_nothing_up(store):
