@@ -117,5 +117,6 @@ def test_a_plan_of_a_log_alone_is_refused_with_the_remedy(place, log: str):
 def test_a_log_that_is_asked_as_a_table_is_a_wrong_command(place, log: str):
     here: Place = place()
     here.write({**PLAN, "stores": ["default", "queue"]}, stores={"default": "delta://./data", "queue": log})
+    said(here, "sync")
     for asked in (["query", "SELECT 1", "--store", "queue"], ["export", BARS, "bars.csv", "--store", "queue"]):
         assert "is followed (`marketsync follow queue DATASET`" in said(here, *asked, code=2)
