@@ -127,6 +127,7 @@ class ExcelStore:
                 return state, None, Written(already=True)
             after = replace(state, lanes={**state.lanes, batch.lane: batch.seq})
             frame = admission.admit(dataset, batch.frame, batch.schema, self.capabilities)
+            workbook.refuse_rows(dataset, frame)
             frame, absent = evolution.fit(dataset, frame, batch.schema, state.schema)
             if frame.is_empty():
                 return after, None, Written()
@@ -142,6 +143,7 @@ class ExcelStore:
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         def decide(state: _State) -> tuple[_State, pl.DataFrame | None, Written]:
             put = admission.admit(dataset, frame, schema, self.capabilities)
+            workbook.refuse_rows(dataset, put)
             put, absent = evolution.fit(dataset, put, schema, state.schema)
             filters.refuse_outside(dataset, put, span, state.schema)
             rows = self._rows(dataset, state)

@@ -16,13 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import SchemaError, StoreError
+from marketsync.errors import RowsRefused, SchemaError, StoreError
 
 if TYPE_CHECKING:
     import polars as pl
 
 SHEET_ROWS = 1_048_575  # under the header
 LONGEST_TEXT = 32_767  # UTF-16 units
+_WIDEST = 12  # characters of a cell that one of a text can take: two that XML cannot carry
 _AT_ONCE_ROWS = 16_384
 _DIGITS_15 = 10**15
 _LEAST_DOUBLE = 2.2250738585072014e-308
@@ -178,6 +179,31 @@ def _literal(value: str) -> str:
             "corrected, or use another store"
         )
     return text
+
+
+def refuse_rows(dataset: str, frame: pl.DataFrame) -> None:
+    """Raise `RowsRefused` for rows with a text that no cell holds in the way that it has to be written."""
+    import polars as pl
+
+    for name in frame.select(pl.col(pl.String)).columns:
+        near = frame.filter(pl.col(name).str.len_chars() > LONGEST_TEXT // _WIDEST)
+        wrong = near.filter(pl.Series([bool(_no_cell(text)) for text in near[name]], dtype=pl.Boolean()))
+        if wrong.height:
+            raise RowsRefused(
+                f"column {name!r} of a frame for {dataset} has {wrong.height} texts that no cell of a workbook holds: "
+                f"{_no_cell(wrong[name][0])}",
+                wrong,
+            )
+
+
+def _no_cell(text: str) -> str:
+    import polars as pl
+
+    try:
+        _cells(pl.Series("text", [text]))
+    except SchemaError as error:
+        return str(error)
+    return ""
 
 
 def _refuse_long(values: pl.Series) -> None:

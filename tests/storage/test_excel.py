@@ -17,7 +17,7 @@ from polars.testing import assert_frame_equal
 from stored_frames import BARS, START, bars, batch, differences, stamped
 
 import storage.files
-from marketsync.errors import SchemaError, StoreBusy, StoreDamaged, StoreError
+from marketsync.errors import RowsRefused, SchemaError, StoreBusy, StoreDamaged, StoreError
 from marketsync.schema import Column, ColumnType, Schema
 from storage import workbook
 from storage.protocol import Filter, Mode, Written
@@ -403,3 +403,14 @@ def test_a_crash_between_any_two_steps_leaves_the_old_rows_or_the_new_ones(
 def test_a_workbook_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path):
     with pytest.raises(StoreError, match=r"gone/a\.xlsx could not be written"):
         workbook.write(tmp_path / "gone" / "a.xlsx", stamped(pl.DataFrame({"a": [1]})))
+
+
+@pytest.mark.parametrize("wide", [EMOJI * 16_384, "\x00" * 5_462, '"' + EMOJI * 3_000 + '"', "x" * 32_768])
+def test_a_row_with_a_text_that_no_cell_holds_is_told_from_the_others(store, wide: str):
+    store.ensure(NAME, BARS)
+    frame = bars(("A", wide, "B"), rows=2)
+    with pytest.raises(RowsRefused, match=r"32,?767") as refused:
+        store.write(batch(NAME, frame, 1))
+    assert refused.value.rows["symbol"].to_list() == [wide] * 2
+    rest = frame.filter(pl.col("symbol") != wide)
+    assert store.write(batch(NAME, rest, 1)) == Written(inserted=4)
