@@ -90,6 +90,9 @@ class RowsRefused(SchemaError):
         super().__init__(message)
         self.rows = rows
 
+    def __reduce__(self) -> tuple[type[RowsRefused], tuple[str, pl.DataFrame]]:
+        return type(self), (str(self), self.rows)
+
 
 class SchemaConflict(SchemaError):
     """A table with rows cannot follow its definition as it is now: the definition is to be changed, or the table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -411,6 +412,7 @@ def test_a_row_with_a_text_that_no_cell_holds_is_told_from_the_others(store, wid
     frame = bars(("A", wide, "B"), rows=2)
     with pytest.raises(RowsRefused, match=r"32,?767") as refused:
         store.write(batch(NAME, frame, 1))
-    assert refused.value.rows["symbol"].to_list() == [wide] * 2
+    for error in (refused.value, pickle.loads(pickle.dumps(refused.value))):
+        assert error.rows["symbol"].to_list() == [wide] * 2
     rest = frame.filter(pl.col("symbol") != wide)
     assert store.write(batch(NAME, rest, 1)) == Written(inserted=4)
