@@ -219,6 +219,8 @@ class DolphinStore:
             by = "" if schema.subject is None else f" group by {schema.subject}"
             newest = f"select max({schema.time}) as {schema.time} from {table.loaded}{by}"
             seen = self._run(f"select {subject}{rows.sent_for(schema, schema.time)} from ({newest})", {})
+        if seen is not None:  # the newest time of no row is null, whatever the column may be
+            seen = seen.dropna(subset=[schema.time])
         names = [schema.time] if schema.subject is None else [schema.subject, schema.time]
         frame = rows.decoded(schema, names, seen)
         each = frame.iter_rows() if schema.subject else ((lazyframes.EVERY_SUBJECT, at) for (at,) in frame.iter_rows())

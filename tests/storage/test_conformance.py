@@ -540,6 +540,18 @@ def test_watermarks_are_the_newest_time_of_each_subject(store: Store, dataset: s
     }
 
 
+def test_a_table_without_subjects_has_one_watermark_or_none(store: Store, dataset: str):
+    needs(store, any_key=True)
+    schema = Schema((Column("at", ColumnType.DATETIME), Column("close", ColumnType.F64)), key=("at",), time="at")
+    frame = bars(("a",), rows=3).rename({"ts": "at"}).drop("symbol", "volume")
+    store.ensure(dataset, schema)
+    assert store.watermarks(dataset) == {}
+    store.write(batch(dataset, frame, schema=schema))
+    assert store.watermarks(dataset) == {"*": START + timedelta(hours=2)}
+    store.delete(dataset, Filter())
+    assert store.watermarks(dataset) == {}
+
+
 def test_rows_that_are_copied_into_a_store_and_out_again_are_what_they_were(store: Store, dataset: str, tmp_path):
     with closing(open_store(f"csv://{tmp_path}/home")) as home, closing(open_store(f"csv://{tmp_path}/back")) as back:
         rows = filled(home, dataset)
