@@ -22,15 +22,15 @@ def register(app: typer.Typer) -> None:
 
 
 def _inspected(path: Path, secrets: bool) -> Inspection:
-    """Look at the file, and at the tables that its plans have filled already."""
+    """Look at the file, at the URLs of its stores, and at the tables that its plans have filled already."""
     from marketsync.configuration import Kind, inspect_file
 
     found = inspect_file(path, secrets_required=secrets)
     if found.kind is not Kind.UPSTREAM or found.problems:
         return found
-    from tasks.inquiry import table_problems
+    from tasks.inquiry import store_problems, table_problems
 
-    return replace(found, problems=tuple(table_problems(path)))
+    return replace(found, problems=tuple(store_problems(path) or table_problems(path)))
 
 
 def check(

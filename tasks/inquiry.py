@@ -196,6 +196,36 @@ def refuse_conflicts(workspace: Workspace, plans: Sequence[str]) -> None:
         raise ConfigurationError([Problem("", None, "", one) for one in found])
 
 
+def store_problems(path: Path) -> list[Problem]:
+    """Return what `check` says of the URLs of an upstream.yml: those that no store can be opened by.
+
+    Connects to nothing and makes nothing; passes over a URL whose secret has no value yet.
+    """
+    from storage.location import folder
+    from storage.registry import open_store
+
+    found = []
+    with closing(Workspace(path)) as workspace:
+        document = read_document(path)
+        for name in workspace.loaded.configuration.stores:
+            try:
+                url = workspace.store_url(name)
+            except ConfigurationError:
+                continue
+            try:
+                if url.startswith("chdb:"):  # to open it is to have the engine
+                    folder(url)
+                else:
+                    open_store(url, name).close()
+            except ConfigurationError as error:
+                place = ("stores", name)
+                what, _, remedy = str(error).partition("; ")
+                found.append(Problem(str(path), document.line(place), dotted(place), what, remedy))
+            except StoreError:
+                continue  # as it stands now; a sync will say it
+    return found
+
+
 def table_problems(path: Path) -> list[Problem]:
     """Return what `check` says of an upstream.yml whose tables exist: those that cannot follow their definitions.
 

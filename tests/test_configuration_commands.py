@@ -71,6 +71,26 @@ def test_check_ends_with_2_and_tells_each_problem_on_a_line_of_its_own(tmp_path)
     assert "Traceback" not in bad.stdout + bad.stderr
 
 
+def test_check_tells_a_url_that_no_store_can_be_opened_by_and_connects_to_none(tmp_path):
+    (tmp_path / "upstream.yml").write_text(
+        "stores:\n"
+        "  a: delta://./data?x=1\n"
+        "  b: mysql://host/market?ssl_caa=1\n"
+        "  c: postgresql://user:$secret.NOT_YET@host/market?sslmod=1\n"
+        "  d: nats://host:4222/MARKET\n"
+        "  e: chdb://./engine\n"
+    )
+    done = marketsync("check", cwd=tmp_path)
+    assert done.returncode == 2
+    told = [line for line in done.stdout.splitlines() if not line.endswith("[warning]")]
+    assert [line.split(": ")[:2] for line in told] == [
+        ["upstream.yml:2", "stores.a"],
+        ["upstream.yml:3", "stores.b"],
+    ]
+    assert "ssl_caa is no option" in told[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["upstream.yml"]
+
+
 def test_check_tells_a_problem_of_a_definition_once_when_two_files_have_it(tmp_path):
     source = shipped_definitions()["alpaca"].read_text(encoding="utf-8").replace("calendar: XNYS", "calendar: XNYC")
     (tmp_path / "mine.yml").write_text(source)
