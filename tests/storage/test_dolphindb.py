@@ -25,6 +25,14 @@ def store(dolphindb: str) -> Store:
     return open_store(dolphindb)
 
 
+def test_a_negative_zero_is_the_zero_that_is_there(store: Store):
+    store.ensure("made.bars", BARS)
+    frame = bars(("a",), rows=2)
+    store.write(batch("made.bars", frame.with_columns(close=pl.lit(0.0)), 1))
+    again = batch("made.bars", frame.with_columns(close=pl.lit(-0.0)), 2, mode=Mode.UPSERT)
+    assert store.write(again) == Written(unchanged=2)
+
+
 def test_a_symbol_is_never_read_as_a_part_of_a_script(store: Store):
     evil = 'x" or 1=1; dropDatabase("dfs://made_made_bars"); "'
     store.ensure("made.bars", BARS)
