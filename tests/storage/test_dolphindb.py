@@ -28,8 +28,8 @@ def store(dolphindb: str) -> Store:
 def test_a_negative_zero_is_the_zero_that_is_there(store: Store):
     store.ensure("made.bars", BARS)
     frame = bars(("a",), rows=2)
-    store.write(batch("made.bars", frame.with_columns(close=pl.lit(0.0)), 1))
-    again = batch("made.bars", frame.with_columns(close=pl.lit(-0.0)), 2, mode=Mode.UPSERT)
+    store.write(batch("made.bars", frame.with_columns(close=pl.Series([0.0, 2.0])), 1))
+    again = batch("made.bars", frame.with_columns(close=pl.Series([-0.0, 2.0])), 2, mode=Mode.UPSERT)
     assert store.write(again) == Written(unchanged=2)
 
 
