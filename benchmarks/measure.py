@@ -48,6 +48,7 @@ def run(command: Sequence[str | Path], cwd: Path, log: Path) -> Cost:
             errors.write(f"{error}\n".encode())
             return Cost(127, 0.0, 0.0, 0.0, load, "")
         watchdog = threading.Timer(TIMEOUT_SECONDS, child.kill)
+        watchdog.daemon = True  # an interrupted benchmark waits for nobody
         watchdog.start()
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - began
