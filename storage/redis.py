@@ -422,7 +422,7 @@ def _escaped(text: str) -> str:
 def _why(error: Exception) -> str:
     import redis.exceptions
 
-    said = " ".join(str(error).split())
+    said = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, redis.exceptions.AuthenticationError):
         return f"{said}; are user and password those that the server knows?"
     if "CERTIFICATE" in said or "SSL" in said:
