@@ -116,11 +116,11 @@ class NatsJournal:
         return self.run(self._described(dataset), f"looking for {dataset}")
 
     async def _described(self, dataset: str) -> Described:
-        made = await self._made()
         last = await self._last(self._schemas, f"{self._schemas}.{dataset}")
         if last is None:
             return Described(None, "0")
-        live = made is not None and (last.headers or {}).get(_CREATED) == made
+        # asked afterwards: before, the stream of a description that is there may not have been made yet
+        live = (last.headers or {}).get(_CREATED) == await self._made()
         return Described((last.data or b"").decode() if live else None, str(last.seq))
 
     def describe(self, dataset: str, text: str, version: str) -> bool:

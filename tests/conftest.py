@@ -77,6 +77,8 @@ def clickhouse(clickhouse_server: str) -> Iterator[str]:
     kept = ("default", "system", "information_schema", "INFORMATION_SCHEMA", "_local")
     for (database,) in client.query(f"SELECT name FROM system.databases WHERE name NOT IN {kept}").result_rows:
         client.command(f"DROP DATABASE `{database}` SYNC")
+    for (table,) in client.query("SELECT name FROM system.tables WHERE database = 'default'").result_rows:
+        client.command(f"DROP TABLE `default`.`{table}` SYNC")
     client.close()
 
 

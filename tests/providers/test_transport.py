@@ -482,6 +482,7 @@ def test_a_reservation_that_ran_out_before_sending_is_a_time_out(server, tmp_pat
 
 def test_no_secret_is_in_a_message_a_representation_or_a_log(server, transport, limiter, caplog):
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "urllib3")  # which the command line, run in this process, keeps quiet
     hide([SECRET])
     server.routes["/ok"] = sends(answer())
     server.routes["/echo"] = lambda connection, request: bool(

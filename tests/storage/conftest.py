@@ -195,6 +195,8 @@ def python(script: str, *arguments: object) -> list[str]:
     """Return the command line that runs a script beside this file with our packages importable."""
     folders = [str(folder) for folder in (ROOT, ROOT / "tests", Path(__file__).parent)]
     start = f"import sys; sys.path[:0] = {folders}; import runpy; "
+    if "MARKETSYNC_DOLPHINDB_DOUBLE" in os.environ:
+        start += "import dolphindb_double; dolphindb_double.install(); "
     return [
         sys.executable,
         "-c",

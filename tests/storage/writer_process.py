@@ -6,7 +6,6 @@ each thing done: the table's marker, or the `seq` of the batch that the store ha
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 
@@ -47,10 +46,6 @@ def say(text: object) -> None:
 def main(what: str, url: str, dataset: str, lane: str, batches: int) -> None:
     for module in ENGINES[url.partition(":")[0]][:2]:
         import_module(module)  # so that several processes start from the same line
-    if "MARKETSYNC_DOLPHINDB_DOUBLE" in os.environ:
-        from dolphindb_double import install
-
-        install()
     say("ready")
     sys.stdin.readline()
     try:
