@@ -128,6 +128,7 @@ def test_a_signal_ends_a_run_at_its_next_page_with_4_and_what_was_fetched_is_kep
     check_rest(made)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once_and_nothing_durable_is_lost(place):
     made, process = running(place)
     made.replica.set_faults([{"fault": "timeout", "when": {"request": "every 1"}}])
@@ -209,6 +210,7 @@ def test_fetching_again_through_quotas_asks_for_everything_once_and_comes_to_an_
     assert sorted(starts(here.log[10:])) == sorted(starts(here.log[:10]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "state"), [("cancel", "cancelled"), ("pause", "paused")])
 def test_a_run_that_is_stopped_while_it_sleeps_through_a_quota_says_by_whom_and_is_no_longer_waiting(
     place, word, state
@@ -340,6 +342,7 @@ def test_a_quickstart_whose_port_is_taken_names_the_port_that_its_configuration_
     assert f"replica --port {asked} &" in said
 
 
+@pytest.mark.slow
 def test_a_quickstart_leaves_an_upstream_file_that_was_edited_alone_and_says_so(tmp_path):
     config = tmp_path / "q" / "upstream.yml"
     quickstart(tmp_path / "q")

@@ -41,6 +41,7 @@ def schema() -> dict[str, Any]:
     return parameter_schema(sync_plan).model_dump_for_openapi()
 
 
+@pytest.mark.slow
 def test_every_field_of_the_form_is_explained():
     fields = schema()["properties"]
     assert list(fields)[:2] == ["plan", "config"]

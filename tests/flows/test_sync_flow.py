@@ -164,6 +164,7 @@ def test_the_command_line_gets_the_report_of_its_flow(market):
     assert 0 < here.rows < ALL_ROWS
 
 
+@pytest.mark.slow
 def test_a_long_run_is_cut_into_tasks_that_go_on_where_the_last_stopped(market, monkeypatch):
     import flows.sync
 
@@ -288,6 +289,7 @@ def test_a_quota_without_a_deployment_says_when_to_run_again(market):
 # ---------------------------------------------------------------- the user's word
 
 
+@pytest.mark.slow
 def test_a_paused_plan_sends_nothing_until_it_is_resumed(market):
     from marketsync.ledger import Desired
 

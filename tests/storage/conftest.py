@@ -128,6 +128,9 @@ STARTED = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # its tables are those of chDB, which runs all of it every day; the network path has tests of its own
+        if item.path.name == "test_conformance.py" and "[clickhouse" in item.name:
+            item.add_marker(pytest.mark.slow)
         adopts = item.path.name == "test_adoption.py" and "[" in item.name
         whole = item.name.startswith("test_a_table_made_by_hand") and "[chdb]" not in item.name
         if adopts and "place" in item.fixturenames and not whole and "[postgresql" not in item.name:
