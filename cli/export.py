@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Config, Json, when
+from cli.options import Config, Json, listed, when
 from cli.output import many, put, put_json, size
 
 
@@ -43,17 +43,13 @@ def export(
         dataset,
         file,
         store=store,
-        symbols=_listed(symbols),
+        symbols=listed(symbols),
         since=when(since, "--since"),
         until=when(until, "--until"),
-        columns=_listed(columns),
+        columns=listed(columns),
         force=force,
     )
     if as_json:
         put_json(asdict(written))
         return
     put(f"{many(written.rows, 'row')} of {dataset} from {written.store} written to {file} ({size(written.bytes)})")
-
-
-def _listed(values: list[str] | None) -> list[str]:
-    return [one.strip() for value in values or () for one in value.split(",") if one.strip()]

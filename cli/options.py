@@ -22,3 +22,8 @@ def when(text: str | None, option: str) -> date | datetime | None:
         return None if text is None else parse_when(text)
     except ValueError as error:
         raise ConfigurationError(f"{option}: {error}") from None
+
+
+def listed(values: list[str] | None) -> list[str]:
+    """Return what an option lists that may be repeated and may have commas between: `A,B`."""
+    return [one.strip() for value in values or () for one in value.split(",") if one.strip()]

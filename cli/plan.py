@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Config, Json
+from cli.options import Config, Json, listed
 from cli.output import many, put, put_json, say
 from marketsync.errors import ConfigurationError, ExitCode
 
@@ -49,7 +49,7 @@ def add(
         raise ConfigurationError("--universe and --symbols exclude one another: give the name of a universe, or a list")
     given: dict[str, Any] = {
         "datasets": dataset,
-        "universe": [one.strip() for one in symbols.split(",") if one.strip()] if symbols else universe,
+        "universe": listed([symbols]) if symbols else universe,
         "since": since,
         "until": until,
         "stores": store or None,

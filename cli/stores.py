@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Config, Json
+from cli.options import Config, Json, listed
 from cli.output import length, many, put, put_json, say, size
 from marketsync.errors import ExitCode
 
@@ -101,13 +101,12 @@ def copy(
         if now - shown[0] >= LINE_SECONDS:
             shown[0] = now
 
-    chosen = [symbol for text in symbols or () for symbol in text.split(",") if symbol]
     found = run(
         source,
         target,
         datasets or (),
         config,
-        symbols=chosen,
+        symbols=listed(symbols),
         since=since,
         until=until,
         dry_run=dry_run,

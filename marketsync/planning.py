@@ -32,6 +32,11 @@ def instant(value: date | datetime) -> datetime:
     return day_start(value)
 
 
+def end_with(until: date | datetime) -> datetime:
+    """Return where a span ends that goes up to an instant, or to a day, which is part of it."""
+    return instant(until if isinstance(until, datetime) else until + timedelta(days=1))
+
+
 @dataclass(frozen=True)
 class Unit:
     """One chain of requests: these subjects, these values of `over`, this interval.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.schema import Column, Schema
 from storage import adoption, evolution
-from storage.adoption import Names, Wish
+from storage.adoption import Adoption, Names, Wish
 
 if TYPE_CHECKING:
     import polars as pl
@@ -180,6 +180,15 @@ class Look:
             return []
         first = self.dialect.ask(f"{groups} ORDER BY {', '.join(names)} LIMIT 1")[0]
         return [adoption.has_twins(self.schema, int(count), int(rows), [str(each) for each in first[:-1]])]
+
+
+def already(
+    dialect: Dialect, table: str, dataset: str, schema: Schema, wish: Wish, marker: str, stored: Schema, rows: str = ""
+) -> Adoption:
+    """Return what is in a table of ours; `rows` is what to select from, where that is more than the table's name."""
+    evolution.added(dataset, stored, schema)
+    values = {name: dialect.quoted(name) for name in schema.names}
+    return Adoption(table, marker, counted(dialect, rows or table, schema, wish, values), already=True)
 
 
 def counted(dialect: Dialect, table: str, schema: Schema, wish: Wish, values: dict[str, str]) -> pl.DataFrame:

@@ -344,16 +344,14 @@ class ClickHouseStore:
         """Have the server copy a table that is there into one of ours (see `storage/adoption.py`), which then takes its
         name in one step."""
         from storage import clickhouse_adoption as taking
-        from storage.adoption_sql import counted
+        from storage.adoption_sql import already
 
         evolution.check(dataset, schema)
         self._refuse_own_names(dataset, schema)
         with self._engine.guard, suppress(ForeignTable):
             if (found := self._described(dataset)) is not None:
-                evolution.added(dataset, found[1], schema)
-                table, names = _table_name(dataset), {name: _quoted(name) for name in schema.names}
-                counts = counted(taking.dialect(self._frame), f"{table} FINAL", schema, wish, names)
-                return Adoption(table, found[0], counts, already=True)
+                table, ask = _table_name(dataset), taking.dialect(self._frame)
+                return already(ask, table, dataset, schema, wish, *found, rows=f"{table} FINAL")
         with self._engine.guard:
             place = taking.found(self._frame, dataset, wish)
             look = taking.look(self._frame, place, schema, wish)

@@ -357,7 +357,7 @@ class MySQLStore:
     def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
         """Make a table that is there ours in place, in one ALTER (see `storage/adoption.py`)."""
         from storage import mysql_adoption as taking
-        from storage.adoption_sql import counted
+        from storage.adoption_sql import already
 
         evolution.check(dataset, schema)
         _refuse_names(dataset, schema)
@@ -365,13 +365,12 @@ class MySQLStore:
         def act(cursor: Cursor) -> Adoption:
             with suppress(ForeignTable):
                 if (found := self._described(cursor, dataset)) is not None:
-                    evolution.added(dataset, found[1], schema)
                     table = quoted(dataset)
                     ask = taking.dialect(cursor, None, table)
-                    counts = counted(ask, table, schema, wish, {name: quoted(name) for name in schema.names})
-                    return Adoption(table, found[0], counts, already=True)
+                    return already(ask, table, dataset, schema, wish, *found)
             name = taking.found(cursor, dataset, wish)
-            look = taking.look(cursor, name, schema, wish, self._collation, longest_key(dataset, schema))
+            longest = longest_key(dataset, schema)
+            look = taking.look(cursor, name, schema, wish, _TYPES, self._collation, longest)
             look.refuse()
             counts = look.counts()
             marker = uuid.uuid4().hex

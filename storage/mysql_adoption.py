@@ -3,7 +3,7 @@ ours, all or nothing. Rows are looked at and counted by the server, and none is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,8 +62,17 @@ def found(cursor: Cursor, dataset: str, wish: Wish) -> str:
     return name
 
 
-def look(cursor: Cursor, name: str, schema: Schema, wish: Wish, collation: str, longest: int) -> Look:
-    """Read what the engine says of a table's columns and indexes; `longest` is how long a text in the key may be."""
+def look(
+    cursor: Cursor,
+    name: str,
+    schema: Schema,
+    wish: Wish,
+    types: Mapping[ColumnType, str],
+    collation: str,
+    longest: int,
+) -> Look:
+    """Read what the engine says of a table's columns and indexes; `types` are those that a table of ours has, `longest`
+    is how long a text in the key may be."""
     table = quoted(name)
     cursor.execute(
         "SELECT COLUMN_NAME, COLUMN_TYPE, DATA_TYPE, IFNULL(DATETIME_PRECISION, CHARACTER_MAXIMUM_LENGTH), "
@@ -85,7 +94,7 @@ def look(cursor: Cursor, name: str, schema: Schema, wish: Wish, collation: str, 
         Index(index, index == "PRIMARY", all(whole for _, whole in parts), [column for column, _ in parts])
         for index, parts in uniques.items()
     ]
-    fit = partial(_fit, table, collation, longest, schema.key, wish.zone)
+    fit = partial(_fit, table, types, collation, longest, schema.key, wish.zone)
     return Look(schema, wish, table, columns, indexes, dialect(cursor, fit, table))
 
 
@@ -156,7 +165,14 @@ def _kinds(cursor: Cursor, names: Sequence[str]) -> dict[str, str]:
 
 
 def _fit(
-    table: str, collation: str, longest: int, key: Sequence[str], zone: str | None, column: Column, theirs: Theirs
+    table: str,
+    types: Mapping[ColumnType, str],
+    collation: str,
+    longest: int,
+    key: Sequence[str],
+    zone: str | None,
+    column: Column,
+    theirs: Theirs,
 ) -> Fit:
     """Return how a column of theirs becomes one of ours."""
     type_, name, of = column.type, quoted(theirs.name), theirs.of
@@ -181,23 +197,9 @@ def _fit(
         fit = _instant(table, theirs, name, zone)
     refusal = (
         f"column {theirs.name!r} is {theirs.shown}, and the dataset's is {type_}: ALTER TABLE {table} MODIFY COLUMN "
-        f"{name} {_NAMED[type_]}, after an UPDATE that makes its values such"
+        f"{name} {types[type_]}, after an UPDATE that makes its values such"
     )
     return fit or Fit(name, refusal=refusal)
-
-
-_NAMED = {
-    ColumnType.STR: "LONGTEXT",
-    ColumnType.BOOL: "BOOLEAN",
-    ColumnType.I32: "INT",
-    ColumnType.I64: "BIGINT",
-    ColumnType.U64: "BIGINT UNSIGNED",
-    ColumnType.F32: "DOUBLE",
-    ColumnType.F64: "DOUBLE",
-    ColumnType.DATE: "DATE",
-    ColumnType.DATETIME: "DATETIME(6)",
-    ColumnType.DATETIME_NS: "DATETIME(6)",
-}
 
 
 def _whole(type_: ColumnType, theirs: Theirs, name: str) -> Fit | None:

@@ -285,7 +285,7 @@ class PostgresStore:
         import psycopg
 
         from storage import postgres_adoption as taking
-        from storage.adoption_sql import counted
+        from storage.adoption_sql import already
 
         evolution.check(dataset, schema)
         self._refuse_names(dataset, schema)
@@ -293,11 +293,9 @@ class PostgresStore:
             cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
             with suppress(ForeignTable):
                 if (found := self._described(cursor, dataset)) is not None:
-                    evolution.added(dataset, found[1], schema)
                     table = _table_name(dataset)
                     ask = taking.dialect(cursor, None, table)
-                    counts = counted(ask, table, schema, wish, {name: _quoted(name) for name in schema.names})
-                    return Adoption(table, found[0], counts, already=True)
+                    return already(ask, table, dataset, schema, wish, *found)
             place = taking.found(cursor, dataset, wish)
             look = taking.look(cursor, place, schema, wish, _TYPES)
             if not wish.dry:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marketsync.errors import ConfigurationError, StoreDamaged
-from marketsync.planning import instant
+from marketsync.planning import end_with, instant
 from marketsync.schema import Schema
 from storage.files import sync
 from storage.lazyframes import count, reading
@@ -118,9 +118,8 @@ def _wanted(
         raise ConfigurationError(f"{dataset} has no column of symbols: leave --symbols out")
     if (since or until) and schema.time is None:
         raise ConfigurationError(f"{dataset} has no column of times: leave --since and --until out")
-    first, end = (None if bound is None else instant(bound) for bound in (since, until))
-    if end is not None and not isinstance(until, datetime):
-        end += timedelta(days=1)
+    first = None if since is None else instant(since)
+    end = None if until is None else end_with(until)
     if first and end and first >= end:
         raise ConfigurationError(f"--since {since} is after --until {until}: no row can be between them")
     return Filter(list(symbols) or None, first, end, list(columns) or None)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marketsync.durations import parse_when, within_reach
 from marketsync.errors import ConfigurationError
-from marketsync.planning import instant
+from marketsync.planning import end_with, instant
 from marketsync.report import RunReport
 from storage.protocol import Filter
 from tasks import inquiry
@@ -215,9 +215,7 @@ def copy(
     """
     path = Path(config).resolve()
     first = None if since is None else instant(_when("since", since))
-    last = None if until is None else _when("until", until)
-    if last is not None:
-        last = instant(last) if isinstance(last, datetime) else instant(last + timedelta(days=1))
+    last = None if until is None else end_with(_when("until", until))
     if first is not None and last is not None and first >= last:
         raise ConfigurationError(f"since {since} is not before until {until}: there is nothing between them")
     names = (symbols,) if isinstance(symbols, str) else tuple(symbols)

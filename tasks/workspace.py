@@ -24,7 +24,7 @@ from marketsync.definition import Dataset, Definition, Verdict, request_hash
 from marketsync.errors import ConfigurationError
 from marketsync.gate import Batch, Gated, seal
 from marketsync.ledger import Ledger, WorkState, this_owner
-from marketsync.planning import Subject, Unit, day_start, halves, instant, subjects_in_two, subjects_of, units
+from marketsync.planning import Subject, Unit, day_start, end_with, halves, instant, subjects_in_two, subjects_of, units
 from marketsync.schema import ColumnType, Schema
 from marketsync.timing import Timing
 from marketsync.upstream import Plan, Tuning, Upstream
@@ -385,8 +385,7 @@ class Scope:
         end = self.timing.wanted_until(now)
         until = self.options.until or self.plan.until
         if until is not None:
-            last = instant(until)
-            end = min(end, last if isinstance(until, datetime) else last + timedelta(days=1))
+            end = min(end, end_with(until))
         return merged([Interval(instant(since), end)])
 
     @cached_property
