@@ -31,6 +31,7 @@ CAPABILITIES = replace(
 )
 
 _LOCK = "_marketsync.lock"
+_OWNER_SECONDS = 1.0  # whoever has just taken it has yet to write down its name, or is about to end
 
 
 class _Engine(Server):
@@ -95,7 +96,7 @@ def _enter(folder: Path) -> _Engine:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            owner = locks.take(folder / _LOCK, f"the chDB store {folder}", 0)
+            owner = locks.take(folder / _LOCK, f"the chDB store {folder}", _OWNER_SECONDS)
             opened = _Engine(folder, owner)
             try:
                 opened.client()

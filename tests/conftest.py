@@ -29,6 +29,12 @@ def require(module: str, package: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def calendars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trading calendars as a state folder keeps them: what one place has worked out, the next need not."""
+    return tmp_path_factory.mktemp("calendars")
+
+
+@pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """The URL of a PostgreSQL where databases may be made: MARKETSYNC_TEST_POSTGRES, or a private one."""
     if given := os.environ.get("MARKETSYNC_TEST_POSTGRES"):

@@ -312,6 +312,7 @@ def test_the_readme_does_what_it_says(reader):
         assert '"n": 3' in reader.printed
 
 
+@pytest.mark.slow
 def test_the_tutorial_does_what_it_says(reader):
     assert follow(DOCS / "tutorial.md", reader) >= 20
 

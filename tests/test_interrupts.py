@@ -94,7 +94,9 @@ def test_a_command_that_is_stopped_before_anything_is_under_way_says_so_and_ends
         assert ended(process) == (int(ExitCode.PAUSED), "", "stopped\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_one_signal_ends_a_run_at_its_next_page_with_4_and_what_it_has(tmp_path, slow, number):
     process = started(tmp_path, "sync", "--json")
     assert slow.asked.wait(PATIENCE_SECONDS)

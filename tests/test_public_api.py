@@ -182,6 +182,7 @@ def test_a_wrong_name_or_day_is_refused_in_words(market):
         read_report(config=config)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_sync_from_python_at_its_next_page(market):
     replica, config = market
     config.write_text(config.read_text().replace("since: 2012-01-01", "since: 2000-03-01\n    tuning: {threads: 1}"))

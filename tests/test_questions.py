@@ -7,6 +7,7 @@ A provider on a real socket, a Delta store, the command's own steps; the command
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,11 +127,14 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path, calendars: Path) -> Iterator[Place]:
     server = Loopback()
+    known = shutil.copytree(calendars, tmp_path / ".marketsync" / "calendars")
     yield Place(tmp_path, server)
     close_workspaces()
     server.close()
+    if known.exists():
+        shutil.copytree(known, calendars, dirs_exist_ok=True)
 
 
 def explained(place: Place, dataset: str, subject: str, day: date | None) -> list[str]:
@@ -289,6 +293,7 @@ def test_pages_of_a_size_that_nobody_tells_are_not_counted_by_a_guess(place):
 # ---------------------------------------------------------------- a parent and its child
 
 
+@pytest.mark.slow
 def test_a_parent_and_its_child_can_be_estimated_looked_at_and_synced_from_nothing(place):
     before = place.run("estimate", "family")
     assert before.returncode == 0
@@ -375,6 +380,7 @@ def test_the_command_ends_with_2_before_anything_is_asked(place):
 # ---------------------------------------------------------------- what a report says of a run that came to no end
 
 
+@pytest.mark.slow
 def test_a_paused_plan_says_why_nothing_was_asked_and_how_it_goes_on(place):
     assert place.run("pause", "bars").returncode == 0
     done = place.run("sync", "bars")
@@ -387,6 +393,7 @@ def test_a_paused_plan_says_why_nothing_was_asked_and_how_it_goes_on(place):
     assert place.run("sync", "bars").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_paused_while_it_asks_says_so_too(place):
     def pauses(connection, request) -> None:
         open_workspace(place.config).ledger.set_control("bars", Desired.PAUSE)
@@ -401,6 +408,7 @@ def test_a_run_that_is_paused_while_it_asks_says_so_too(place):
     assert report.next_steps[0].command == "marketsync resume bars"
 
 
+@pytest.mark.slow
 def test_maintenance_is_told_with_the_file_that_says_it(place):
     place.config.write_text("maintenance: true\n" + UPSTREAM)
     done = place.run("sync", "bars", "--json")
@@ -519,7 +527,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", ["type", *(pytest.param(each, marks=pytest.mark.slow) for each in ("key", "gone"))])
 def test_an_edit_that_a_table_cannot_follow_is_told_by_check_diff_and_sync_with_2(place, edit):
     assert place.sync("bars") is RunState.COMPLETED
     asked = len(place.server.received)
@@ -551,6 +559,7 @@ def test_a_step_that_meets_such_a_table_ends_with_2_as_well(place):
 
 
 def test_a_column_more_is_no_conflict_and_checking_makes_nothing(place):
+    shutil.rmtree(place.folder / ".marketsync")
     assert place.run("check").returncode == 0
     assert not (place.folder / ".marketsync").exists()
     assert not (place.folder / "data").exists()

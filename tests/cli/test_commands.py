@@ -330,6 +330,7 @@ def test_plans_and_the_catalogue_are_objects_too(fresh):
     assert fresh.object("check", "upstream.yml")["files"][0]["problems"] == []
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_added_by_hand_can_be_paused_resumed_and_cancelled(fresh, replica):
     fresh.done("plan", "add", "mine", "--dataset", "alpaca.daily_bars", "--symbols", "MSFT", "--since", "2013-02-01",
                "--until", "2013-02-28")  # fmt: skip

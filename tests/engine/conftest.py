@@ -14,12 +14,6 @@ from providers.replica import Replica
 from tasks.workspace import close_workspaces
 
 
-@pytest.fixture(scope="session")
-def calendars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trading calendars as a state folder keeps them: what one place has worked out, the next need not."""
-    return tmp_path_factory.mktemp("calendars")
-
-
 @pytest.fixture
 def place(tmp_path: Path, calendars: Path) -> Iterator[Callable[..., Place]]:
     """Start a replica (with any of its options; no limits unless they are given) and return a place that asks it."""

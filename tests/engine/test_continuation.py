@@ -63,7 +63,7 @@ def chain_of_thirty(place) -> tuple[Place, date]:
 
 
 @pytest.mark.parametrize("fault", ["server_error", pytest.param("connection_reset", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("more_days", [0, 14])
+@pytest.mark.parametrize("more_days", [0, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_chain_of_30_pages_that_fails_at_request_27_continues_with_request_27(place, fault, more_days):
     """Although meanwhile days may have been added to what is wanted."""
     made, last = chain_of_thirty(place)
@@ -115,7 +115,8 @@ def check_rest(made: Place) -> None:
     assert made.spooled() == []
 
 
-@pytest.mark.parametrize("word", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("word", ["SIGTERM", "SIGINT"])
+@pytest.mark.slow  # the everyday ones are in tests/test_interrupts.py
 def test_a_signal_ends_a_run_at_its_next_page_with_4_and_what_was_fetched_is_kept(place, word):
     made, process = running(place)
     process.send_signal(signal.Signals[word])
@@ -147,6 +148,7 @@ def test_a_second_signal_ends_a_run_at_once_and_nothing_durable_is_lost(place):
     assert made.bars().equals(made.source(SYMBOLS, FIRST, LAST))
 
 
+@pytest.mark.slow
 def test_a_paused_plan_stops_at_its_next_page_and_sends_nothing_until_it_is_resumed(place):
     made, process = running(place)
     assert made.run("pause", "p").returncode == 0
@@ -249,6 +251,7 @@ def test_a_store_that_is_added_is_filled_from_its_sibling_without_a_request(plac
     assert made.bars("default").equals(source)
 
 
+@pytest.mark.slow
 def test_what_waits_in_the_spool_is_delivered_although_the_host_has_another_name_now(place, monkeypatch):
     """As a container's is at its next start."""
     made = place()
@@ -321,6 +324,7 @@ def quickstart(folder: Path) -> str:
 NOTHING = "Everything was here already: no request was sent."
 
 
+@pytest.mark.slow
 def test_a_quickstart_that_is_run_again_sends_no_request(tmp_path):
     first = quickstart(tmp_path / "q")
     assert NOTHING not in first

@@ -73,7 +73,7 @@ def target_of(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
     return f"{kind}://{tmp_path}/target" if kind in ("csv", "delta", "parquet") else request.getfixturevalue(kind)
 
 
-@pytest.mark.parametrize("kind", ["postgres", "clickhouse"])
+@pytest.mark.parametrize("kind", ["postgres", pytest.param("clickhouse", marks=pytest.mark.slow)])
 def test_every_row_arrives_with_the_segment_that_brought_it_and_a_second_copy_changes_nothing(
     kind: str, source: str, tmp_path: Path, request: pytest.FixtureRequest
 ):

@@ -122,6 +122,7 @@ def killable(place: Callable[..., Place], store: str, quarters: int) -> Place:
     return made
 
 
+@pytest.mark.slow
 def test_a_sync_that_is_killed_three_times_loses_no_row_and_repeats_at_most_a_segment(place):
     kill_often(killable(place, "delta", 10), kills=3, seed=1)
 

@@ -90,6 +90,7 @@ def test_a_plan_is_judged_by_its_table_and_followed_by_its_log(place, log: str):
     assert_frame_equal(pl.read_parquet(file), table(here))
 
 
+@pytest.mark.slow
 def test_a_log_that_is_added_later_is_filled_from_the_table_without_a_request(place, log: str):
     here: Place = place()
     stores = {"default": "delta://./data", "queue": log}
@@ -114,6 +115,7 @@ def test_a_plan_of_a_log_alone_is_refused_with_the_remedy(place, log: str):
     assert "add one with tables to this file's stores" in said(here, "sync", code=2)
 
 
+@pytest.mark.slow
 def test_a_log_that_is_asked_as_a_table_is_a_wrong_command(place, log: str):
     here: Place = place()
     here.write({**PLAN, "stores": ["default", "queue"]}, stores={"default": "delta://./data", "queue": log})

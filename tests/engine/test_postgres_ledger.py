@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date
 
+import pytest
 from synced_place import alpaca_by_month, asked_again, ended, killed
 
 from marketsync.clock import SystemClock
@@ -32,6 +33,7 @@ def shared(place, postgres):
     return here
 
 
+@pytest.mark.slow
 def test_three_processes_share_the_units_of_a_ledger_in_postgres_and_each_is_asked_once(place, postgres):
     here = shared(place, postgres)
     runs = [ended(process) for process in [here.start() for _ in range(3)]]

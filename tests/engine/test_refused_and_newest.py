@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from datetime import date
 
+import pytest
 from synced_place import alpaca_by_month
 
 FIVE = ["AAPL", "FB", "GOOG", "IBM", "MSFT"]
@@ -30,6 +31,7 @@ def test_a_symbol_that_the_provider_refuses_is_found_and_costs_the_others_of_its
     assert "invalid symbol: IB$M" in holes["IB$M",]
 
 
+@pytest.mark.slow
 def test_what_was_refused_stays_a_finding_is_not_asked_again_by_itself_and_is_when_told(place):
     here = place()
     here.write({**PLAN, "universe": ["AAPL", "IB$M"]})

@@ -188,6 +188,7 @@ SPENT_TODAY = "limits:\n  - {requests: 2, per: day, resets: '00:00 America/New_Y
 SPENT_FOR_SECONDS = "limits:\n  - {requests: 2, per: 3 seconds}\ntuning: {max_wait: 1 second}"
 
 
+@pytest.mark.slow
 def test_a_spent_quota_ends_the_run_and_schedules_the_run_that_goes_on_once(market):
     here = market(upstream=SPENT_TODAY)
     daily = deployed(here.config)
@@ -211,6 +212,7 @@ def test_a_spent_quota_ends_the_run_and_schedules_the_run_that_goes_on_once(mark
     assert [run.id for run in scheduled(daily)] == [later.id]
 
 
+@pytest.mark.slow
 def test_the_run_that_goes_on_after_the_reset_asks_only_for_the_rest(market):
     here = market(upstream=SPENT_FOR_SECONDS)
     daily = deployed(here.config)
@@ -360,6 +362,7 @@ def test_a_cancellation_in_the_user_interface_stops_a_run_that_has_no_worker(mar
     assert here.rows == ALL_ROWS
 
 
+@pytest.mark.slow
 def test_a_run_that_is_suspended_pauses_at_its_next_page_and_asks_only_for_the_rest_when_resumed(market, monkeypatch):
     from prefect.exceptions import Pause
     from prefect.states import Suspended
@@ -397,6 +400,7 @@ def test_a_run_that_is_suspended_pauses_at_its_next_page_and_asks_only_for_the_r
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 def test_a_refused_key_fails_the_run_with_what_the_provider_said(market):
     from flows.sync import run_from_command_line
     from tasks.workspace import Options

@@ -103,7 +103,7 @@ def drop_dolphindb(address: str, dataset: str) -> None:
 
 
 # not every day for an engine whose tables are those of another one here, for a stand-in that is slow, and for a store
-# that writes the whole table anew each time
+# that writes the whole table anew each time; those of one of each kind of engine are enough otherwise
 LONG = (
     "test_any_frame_comes_back_as_it_went_with_the_fingerprints_of_any_other_store",
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
@@ -138,7 +138,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.name in STARTED or item.name in [
             f"{name}[{engine}]"
             for name in LONG
-            for engine in ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb")
+            for engine in ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb", "chdb", "csv", "mysql")
         ]:
             item.add_marker(pytest.mark.slow)
 

@@ -231,7 +231,12 @@ def test_a_batch_that_was_cut_short_is_put_in_again_without_a_row_twice(store, d
 
 
 @pytest.mark.parametrize(
-    ("subjects", "rows", "every"), [(1, 200, 1), (150, 2, 1), (2, 900, 20)], ids=["a run", "a session", "with gaps"]
+    ("subjects", "rows", "every"),
+    [
+        pytest.param(1, 200, 1, id="a run"),
+        pytest.param(150, 2, 1, id="a session"),
+        pytest.param(2, 900, 20, id="with gaps", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_there_is_found_in_runs_in_sessions_and_across_gaps(store, subjects, rows, every):
     store.ensure(DATASET, BARS)

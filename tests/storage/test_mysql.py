@@ -459,6 +459,7 @@ def test_a_scan_that_is_left_holds_nothing_up(store, mysql, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_table_that_is_mostly_empty_is_built_anew(store):
     store.ensure(DATASET, BARS)
     store.write(batch(DATASET, bars(rows=120_000), mode=Mode.APPEND))
