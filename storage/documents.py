@@ -106,6 +106,14 @@ def instant(document: Document, name: str, schema: Schema) -> date | datetime:
     return moment.replace(tzinfo=UTC) + timedelta(microseconds=document.get(name + FINE, 0) // 1_000)
 
 
+def times(frame: pl.DataFrame, schema: Schema) -> pl.Series:
+    """Return the time of each row as its date, in milliseconds."""
+    import polars as pl
+
+    name = schema.time or ""
+    return pl.Series(name, _values(frame[name], schema[name].type)[0], pl.Datetime("ms"))
+
+
 def queries(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
     """Return queries whose results together are the filter's rows, none of them twice."""
     since, until = filters.bounds(dataset, filter, schema)
@@ -116,9 +124,9 @@ def queries(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
         if order[0] == schema.time:
             return [{"_id": span} if (span := _between(low, high)) else {}]
         return [_all(_within(schema, since, until))]
-    groups = [subjects[start : start + SUBJECTS_A_QUERY] for start in range(0, len(subjects), SUBJECTS_A_QUERY)]
     if order[0] != schema.subject:
-        return [_all([{schema.subject or "": {"$in": group}}, *_within(schema, since, until)]) for group in groups]
+        return by_fields(dataset, filter, schema)
+    groups = [subjects[start : start + SUBJECTS_A_QUERY] for start in range(0, len(subjects), SUBJECTS_A_QUERY)]
     if len(order) == 1:
         named = [[_escaped(each) for each in group] for group in groups]
         return [_all([{"_id": {"$in": group}}, *_within(schema, since, until)]) for group in named]
@@ -132,6 +140,16 @@ def queries(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
         either = spans[0] if len(spans) == 1 else {"$or": spans}
         found.append(_all([either, *([] if timed else _within(schema, since, until))]))
     return found
+
+
+def by_fields(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
+    """Return such queries where the `_id` says nothing of the key: they ask by the fields of subject and time."""
+    within = _within(schema, *filters.bounds(dataset, filter, schema))
+    subjects = filters.subjects(dataset, filter, schema)
+    if subjects is None:
+        return [_all(within)]
+    groups = [subjects[start : start + SUBJECTS_A_QUERY] for start in range(0, len(subjects), SUBJECTS_A_QUERY)]
+    return [_all([{schema.subject or "": {"$in": group}}, *within]) for group in groups]
 
 
 def before(subject: str) -> str:

@@ -5,7 +5,8 @@ are new or differ are put in whole under their `_id`, so that putting them in ag
 follows them. It does so on servers with transactions too: one that a killed process leaves open keeps its rows locked
 for a minute, for everybody. `replace` is one transaction where there are any. Marker, schema and lanes are in the
 collections `_marketsync` and `_marketsync_lanes`, by the identity that the server gave the dataset's collection.
-Options of the URL are the driver's (tls, authSource, replicaSet, ...).
+Options of the URL are the driver's (tls, authSource, replicaSet, ...), but for `timeSeries=true`: collections that are
+made from then on are time-series collections (`mongodb_series.py`). A table that is there is used as it was made.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, NoTable, SchemaError, StoreError
@@ -34,9 +35,11 @@ from storage import (
     fingerprints,
     lazyframes,
     location,
+    mongodb_series,
 )
 from storage.adoption import Adoption, Wish
 from storage.documents import Document
+from storage.mongodb_series import Series
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -67,6 +70,9 @@ _LANES = "_marketsync_lanes"
 _ROWS_AT_ONCE = 10_000  # in memory as documents, in one question and in one transaction
 _RUN_ROWS = 8  # from as many rows of one subject on, what is there is read as a range and not row by row
 _DUPLICATE_KEY = 11000
+_BUCKETS = "system.buckets."  # what holds the rows of a time-series collection, before there were such without views
+_SERIES = "timeseries"  # of a collection's options, and of the URL's, where capitals are as good
+_Computed = TypeVar("_Computed")
 _OPTIONS = {
     "appName": "marketsync",
     "serverSelectionTimeoutMS": "10000",
@@ -89,6 +95,7 @@ class _Table:
     uuid: Any
     marker: str
     text: str
+    series: bool  # a time-series collection
 
     @property
     def schema(self) -> Schema:
@@ -98,12 +105,12 @@ class _Table:
 class MongoStore:
     """Collections of one database. Safe for several threads and several processes."""
 
-    capabilities = CAPABILITIES
-
-    def __init__(self, url: str, name: str, address: str):
+    def __init__(self, url: str, name: str, address: str, series: bool):
         self.url = url
         self.name = name
+        self.capabilities = mongodb_series.CAPABILITIES if series else CAPABILITIES
         self._address = address
+        self._series = series
         self._lock = threading.Lock()
         self._client: MongoClient[Document] | None = None
         self._closed = False
@@ -148,7 +155,9 @@ class MongoStore:
             if self._seq(table, batch.lane) >= batch.seq:
                 return Written(already=True)
             frame, absent = self._admitted(dataset, batch.frame, batch.schema, table.schema)
-            if batch.mode is Mode.APPEND:
+            if table.series:
+                written = self._series_of(dataset, table).put(frame, absent, f"lane {batch.lane}")
+            elif batch.mode is Mode.APPEND:
                 written = self._append(dataset, table.schema, frame, absent)
             else:
                 written = self._upsert(dataset, table.schema, frame, absent)
@@ -157,9 +166,14 @@ class MongoStore:
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         with self._told(f"replacing rows of {dataset}"):
-            stored = self._table(dataset).schema
+            table = self._table(dataset)
+            stored = table.schema
             put, absent = self._admitted(dataset, frame, schema, stored)
             filters.refuse_outside(dataset, put, span, stored)
+            if table.series:
+                series = self._series_of(dataset, table)
+                written = series.put(put, absent, "replace")
+                return written + Written(deleted=series.delete_others(put, series.queries(dataset, span)))
             kept = set(documents.ids(put, stored))
             queries = documents.queries(dataset, span, stored)
             collection = self._collection(dataset)
@@ -179,10 +193,14 @@ class MongoStore:
 
     def delete(self, dataset: str, filter: Filter) -> int:
         with self._told(f"deleting rows of {dataset}"):
+            table = self._table(dataset)
+            if table.series:
+                series = self._series_of(dataset, table)
+                return series.delete(series.queries(dataset, filter))
             collection = self._collection(dataset)
             return sum(
                 collection.delete_many(query).deleted_count
-                for query in documents.queries(dataset, filter, self._table(dataset).schema)
+                for query in documents.queries(dataset, filter, table.schema)
             )
 
     # reading
@@ -192,10 +210,15 @@ class MongoStore:
         from polars.io.plugins import register_io_source
 
         with self._told(f"reading {dataset}"):
-            schema = self._table(dataset).schema
+            table = self._table(dataset)
+        schema = table.schema
         types = schema.polars(system=True)
         names = filters.columns(dataset, filter, schema)
-        queries = documents.queries(dataset, filter, schema)
+        if table.series:
+            series = self._series_of(dataset, table)
+            found = partial(series.found, series.queries(dataset, filter))
+        else:
+            found = partial(self._found, dataset, documents.queries(dataset, filter, schema))
 
         def rows(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
@@ -206,7 +229,7 @@ class MongoStore:
             yield pl.DataFrame(schema={name: types[name] for name in given})
             left = limit
             with self._told(f"reading {dataset}"):
-                for part in self._found(dataset, queries, documents.projection(asked, schema)):
+                for part in found(documents.projection(asked, schema)):
                     # polars counts rows by any column
                     frame = documents.from_documents(part, asked or names[:1], schema)
                     if predicate is not None:
@@ -225,36 +248,50 @@ class MongoStore:
 
     def watermarks(self, dataset: str) -> dict[str, datetime | date]:
         with self._told(f"reading the watermarks of {dataset}"):
-            schema = self._table(dataset).schema
+            table = self._table(dataset)
+            schema = table.schema
             if schema.time is None:
                 raise SchemaError(f"{dataset} has no time column, so it has no watermarks")
+            if table.series:
+                return self._series_of(dataset, table).newest()
             if documents.identity(schema)[:2] == (schema.subject, schema.time):
                 return self._newest_by_id(dataset, schema)
             return self._newest_by_group(dataset, schema)
 
     def count(self, dataset: str, filter: Filter = Filter()) -> int:
         with self._told(f"counting the rows of {dataset}"):
-            queries = documents.queries(dataset, filter, self._table(dataset).schema)
-            return sum(self._collection(dataset).count_documents(query) for query in queries)
+            return self._computed(
+                dataset,
+                self._table(dataset),
+                filter,
+                lambda queries, session: sum(
+                    self._collection(dataset).count_documents(query, session=session) for query in queries
+                ),
+            )
 
     def fingerprints(self, dataset: str, recipe: fingerprints.Recipe, filter: Filter = Filter()) -> pl.DataFrame:
         with self._told(f"computing fingerprints of {dataset}"):
-            schema = self._table(dataset).schema
-            plan = fingerprints.plan(dataset, recipe, schema)
+            table = self._table(dataset)
+            plan = fingerprints.plan(dataset, recipe, table.schema)
             if not fingerprint_documents.possible(plan):
                 return fingerprints.by_scan(self, dataset, recipe, filter)
-            found: list[Document] = []
-            for query in documents.queries(dataset, filter, schema):
-                found += self._collection(dataset).aggregate(
-                    fingerprint_documents.pipeline(plan, query), allowDiskUse=True, batchSize=_ROWS_AT_ONCE
-                )
-            return fingerprint_documents.frame(plan, found)
+
+            def found(queries: Sequence[Document], session: ClientSession | None) -> list[Document]:
+                rows: list[Document] = []
+                for query in queries:
+                    stages = fingerprint_documents.pipeline(plan, query)
+                    rows += self._collection(dataset).aggregate(
+                        stages, session=session, allowDiskUse=True, batchSize=_ROWS_AT_ONCE
+                    )
+                return rows
+
+            return fingerprint_documents.frame(plan, self._computed(dataset, table, filter, found))
 
     # the rest
 
     def datasets(self) -> list[str]:
         with self._told("listing the collections"):
-            there = {each["info"].get("uuid"): each["name"] for each in self._database.list_collections()}
+            there = self._names()
             ours = self._tables.find({}, {"dataset": 1})
             return sorted(table["dataset"] for table in ours if there.get(table["_id"]) == table["dataset"])
 
@@ -262,13 +299,14 @@ class MongoStore:
         rows = self.count(dataset)
         with self._told(f"measuring {dataset}"):
             stats = self._database.command("collStats", dataset)
+            form = " (time series)" if self._table(dataset).series else ""
         return TableInfo(
             dataset,
             rows=rows,
             bytes=int(stats["storageSize"] + stats["totalIndexSize"]),
             files=1,
             commits=None,
-            location=f"{self.url}: {dataset}",
+            location=f"{self.url}: {dataset}{form}",
         )
 
     def version(self) -> str:
@@ -295,6 +333,10 @@ class MongoStore:
                     f"there is no collection {name} with documents, so there is none of {dataset} to adopt; name the "
                     "one that is meant by --table"
                 )
+            if self._series or (name == dataset and _SERIES in listed["options"]):
+                why = "a time-series collection is not renamed by the server; "
+                why += "leave timeSeries=true out of the store's URL" if self._series else "rename it by a copy"
+                raise AdoptionRefused(name, [why])
             if name != dataset and own is not None:
                 raise AdoptionRefused(
                     name, [f"there is a collection {dataset} already, which has the name it must get"]
@@ -343,16 +385,18 @@ class MongoStore:
 
     def maintain(self, dataset: str) -> str:
         with self._told(f"looking after {dataset}"):
-            self._table(dataset)
+            table = self._table(dataset)
+            twins = self._series_of(dataset, table).settle() if table.series else 0
             ours = list(self._tables.find({}, {"marker": 1}))
             # listed after: a collection is there before it is ours
-            there = {each["info"].get("uuid") for each in self._database.list_collections()}
+            there = self._names()
             gone = [table for table in ours if table["_id"] not in there]
             if gone:
                 self._lanes.delete_many({"_id.marker": {"$in": [table["marker"] for table in gone]}})
                 self._tables.delete_many({"_id": {"$in": [table["_id"] for table in gone]}})
         forgotten = f"; forgot {len(gone)} collections that were dropped" if gone else ""
-        return f"{dataset}: the server itself uses the space of deleted documents again{forgotten}"
+        ended = f"; took out {twins} rows that dead writers had left twice" if twins else ""
+        return f"{dataset}: the server itself uses the space of deleted documents again{ended}{forgotten}"
 
     def close(self) -> None:
         with self._lock:
@@ -429,9 +473,10 @@ class MongoStore:
         identity = listed["info"].get("uuid")  # a view has none
         found = self._tables.find_one({"_id": identity})
         if found is None:
-            odd = {"capped", "collation", "timeseries"} & listed["options"].keys()
+            odd = {"capped", "collation"} & listed["options"].keys()
             if (
-                listed["type"] == "collection"
+                listed["type"] != "view"
+                and self._series == (_SERIES in listed["options"])
                 and not odd
                 and self._collection(dataset).find_one({}, {"_id": 1}) is None
             ):
@@ -445,12 +490,16 @@ class MongoStore:
                 f'rename it (db.getCollection("{dataset}").renameCollection("...")) or drop it, and {dataset} will be '
                 "made and filled"
             )
-        return _Table(identity, found["marker"], found["schema"])
+        return _Table(identity, found["marker"], found["schema"], _SERIES in listed["options"])
 
     def _listed(self, dataset: str) -> Mapping[str, Any] | None:
         """Return what the server says of the collection; None when there is none."""
-        listed = next(iter(self._database.list_collections(filter={"name": dataset})), None)
-        if listed is not None and listed["type"] == "collection" and "uuid" not in listed["info"]:
+        names = {"$in": [dataset, _BUCKETS + dataset]}
+        found = {each["name"]: each for each in self._database.list_collections(filter={"name": names})}
+        listed = found.get(dataset)
+        if listed is not None and "uuid" not in listed["info"] and _BUCKETS + dataset in found:
+            listed = {**listed, "info": found[_BUCKETS + dataset]["info"]}
+        if listed is not None and listed["type"] != "view" and "uuid" not in listed["info"]:
             raise StoreError(
                 f"the server at {self.url} does not tell a collection from another one of the same name (it gives no "
                 "uuid), so it cannot be believed what was in it; use MongoDB 4.4 or newer"
@@ -463,19 +512,30 @@ class MongoStore:
             raise StoreError(f"there is no collection of {dataset} in {self.url}; call ensure first")
         return table
 
+    def _names(self) -> dict[Any, str]:
+        """Return the names of the collections that rows may be in, by identity."""
+        listed = self._database.list_collections()
+        return {each["info"].get("uuid"): each["name"].removeprefix(_BUCKETS) for each in listed}
+
     def _create(self, dataset: str, schema: Schema) -> _Table:
         from pymongo.errors import CollectionInvalid, DuplicateKeyError, OperationFailure
 
+        form: dict[str, Any] = {}
+        if self._series:
+            mongodb_series.check(dataset, schema, self._database.client.server_info()["versionArray"])
+            form = {_SERIES: mongodb_series.options(schema)}
         while True:
             try:
-                self._database.create_collection(dataset)
+                self._database.create_collection(dataset, **form)
             except (CollectionInvalid, OperationFailure) as error:
                 if isinstance(error, OperationFailure) and error.code != 48:  # it is there
                     raise
-            self._index(self._collection(dataset), schema)
             listed = self._listed(dataset)
             if listed is None:
                 continue  # dropped again
+            if self._series:
+                mongodb_series.refuse_other(dataset, schema, listed["options"].get(_SERIES))
+            self._index(self._collection(dataset), schema)
             new = {"dataset": dataset, "marker": uuid.uuid4().hex, "schema": evolution.to_text(schema)}
             try:
                 # of several processes that come here at once, the first one's is kept
@@ -487,7 +547,7 @@ class MongoStore:
 
     def _index(self, collection: Collection[Document], schema: Schema) -> None:
         """Make the index that finds rows by subject and time, where the `_id` does not."""
-        if not {schema.subject, schema.time} - {None} <= set(documents.identity(schema)):
+        if self._series or not {schema.subject, schema.time} - {None} <= set(documents.identity(schema)):
             collection.create_index([(name, 1) for name in (schema.subject, schema.time) if name is not None])
 
     def _admitted(
@@ -500,6 +560,25 @@ class MongoStore:
         return 0 if found is None else int(found["seq"])
 
     # how it is done: rows
+
+    def _series_of(self, dataset: str, table: _Table) -> Series:
+        return Series(self._collection(dataset), self._tables, table.uuid, table.schema)
+
+    def _computed(
+        self,
+        dataset: str,
+        table: _Table,
+        filter: Filter,
+        compute: Callable[[Sequence[Document], ClientSession | None], _Computed],
+    ) -> _Computed:
+        """Return what is computed from the results of queries for the filter's rows."""
+        if not table.series:
+            return compute(documents.queries(dataset, filter, table.schema), None)
+        series = self._series_of(dataset, table)
+        queries = series.queries(dataset, filter)
+        return series.settled(
+            lambda counts, session: compute([{"$and": [query, counts]} for query in queries], session)
+        )
 
     def _append(self, dataset: str, schema: Schema, frame: pl.DataFrame, absent: Sequence[str]) -> Written:
         """Put in rows that are thought to be new; those that are not are compared with what is there."""
@@ -621,6 +700,10 @@ def open_url(url: str, name: str) -> MongoStore:
         raise ConfigurationError(f"the store {name} names no database: write {parts.scheme}://user@host/database")
     options = parse_qsl(parts.query, keep_blank_values=True)
     given = {option.lower(): value for option, value in options}
+    series = given.get(_SERIES, "false")
+    if series not in ("true", "false"):
+        raise ConfigurationError(f"the store {name}: timeSeries={series!r} is neither true nor false")
+    options = [(option, value) for option, value in options if option.lower() != _SERIES]
     if given.get("w") == "0":
         raise ConfigurationError(f"the store {name}: with w=0 nobody would know what was stored; leave w out")
     options += [(option, value) for option, value in _OPTIONS.items() if option.lower() not in given]
@@ -633,7 +716,7 @@ def open_url(url: str, name: str) -> MongoStore:
         for secret in filter(None, {parts.password, unquote(parts.password or "")}):
             why = why.replace(secret, "***")
         raise ConfigurationError(f"the store {name}, {shown}, is no URL of MongoDB: {why}") from None
-    return MongoStore(shown, name, address)
+    return MongoStore(shown, name, address, series == "true")
 
 
 def _lane(table: _Table, lane: str) -> Document:

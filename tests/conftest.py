@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -91,10 +92,30 @@ def clickhouse(clickhouse_server: str) -> Iterator[str]:
 @pytest.fixture
 def mongodb(mongodb_server: str) -> Iterator[str]:
     """The URL of an empty MongoDB database, dropped after the test."""
+    with _database_of(mongodb_server, "test") as url:
+        yield url
+
+
+@pytest.fixture
+def timeseries(mongodb_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same of a database where every collection of a dataset is a time-series one, and where no process may send
+    what MongoDB refuses for those."""
+    import timeseries_rules
+
+    told = tmp_path / "refused by MongoDB"
+    monkeypatch.setenv(timeseries_rules.FILE, str(told))
+    timeseries_rules.install()
+    with _database_of(mongodb_server, timeseries_rules.DATABASES) as url:
+        yield f"{url}{'&' if '?' in url else '?'}timeSeries=true"
+    assert not told.exists(), told.read_text()
+
+
+@contextmanager
+def _database_of(server: str, kind: str) -> Iterator[str]:
     import pymongo
 
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    parts = urlsplit(mongodb_server)
+    name = f"{kind}_{uuid.uuid4().hex[:12]}"
+    parts = urlsplit(server)
     options = dict(parse_qsl(parts.query))
     if parts.username:  # who may make databases is seldom a user of the one that is made
         options.setdefault("authSource", parts.path.strip("/") or "admin")

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import timeseries_rules
 
 from storage.protocol import Capabilities, Store
 from storage.registry import ENGINES, open_store
@@ -69,7 +70,7 @@ def drop_table(address: str, dataset: str) -> None:
     if address.startswith("mongodb:"):
         import pymongo
 
-        with pymongo.MongoClient(address) as client:
+        with pymongo.MongoClient(address.replace("timeSeries=true", "")) as client:
             client.get_database().drop_collection(dataset)
         return
     if address.startswith("mysql:"):
@@ -149,6 +150,7 @@ SERVERS = {
     "dolphindb": "dolphindb",
     "marketstore": "marketstore",
     "mongodb": "mongodb",
+    "mongodb-timeseries": "timeseries",
     "mysql": "mysql",
     "postgresql": "postgres",
 }
@@ -157,7 +159,7 @@ ALIASES = {"marketstores", "mongodb+srv"}  # schemes of an engine that has anoth
 LOGS = {"nats", "redis", "rediss"}  # have no tables: see test_logs.py
 
 
-@pytest.fixture(params=sorted(ENGINES.keys() - ALIASES - LOGS))
+@pytest.fixture(params=sorted({*ENGINES, *SERVERS} - ALIASES - LOGS))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return _place(request, request.param, tmp_path / "store")
 
@@ -171,7 +173,7 @@ def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], 
 def _place(request: pytest.FixtureRequest, scheme: str, folder: Path) -> Place:
     server = SERVERS.get(scheme)
     address = request.getfixturevalue(server) + PERMITTED.get(scheme, "") if server else ""
-    return Place(scheme, folder, address)
+    return Place(scheme.partition("-")[0], folder, address)
 
 
 @pytest.fixture
@@ -198,6 +200,8 @@ def python(script: str, *arguments: object) -> list[str]:
     """Return the command line that runs a script beside this file with our packages importable."""
     folders = [str(folder) for folder in (ROOT, ROOT / "tests", Path(__file__).parent)]
     start = f"import sys; sys.path[:0] = {folders}; import runpy; "
+    if timeseries_rules.FILE in os.environ:
+        start += "import timeseries_rules; timeseries_rules.install(); "
     if "MARKETSYNC_DOLPHINDB_DOUBLE" in os.environ:
         start += "import dolphindb_double; dolphindb_double.install(); "
     return [

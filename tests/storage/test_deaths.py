@@ -26,7 +26,8 @@ KILLS = int(os.environ.get("MARKETSYNC_TEST_KILLS", "30"))  # of each store, in 
 DATASET = "made.doomed"
 DEEDS = sorted(set(CYCLE))
 FOLDERS = ("delta", "parquet", "csv", "chdb")
-ROWS = {"mongodb": 40, "clickhouse": 150}  # of a deed, where a stand-in is slow; else:
+SERVERS = ("clickhouse", "mongodb", "mongodb-timeseries", "mysql", "postgresql")
+ROWS = {"mongodb": 40, "mongodb-timeseries": 40, "clickhouse": 150}  # of a deed, where a stand-in is slow; else:
 USUAL_ROWS = 400
 
 
@@ -41,7 +42,7 @@ def server_of(engine: str) -> AbstractContextManager[Server]:
         if not installed():
             pytest.skip("there is no MariaDB")
         return mortal_mariadb()
-    if engine == "mongodb":
+    if engine.startswith("mongodb"):
         from private_mongodb import mortal_mongodb
 
         return mortal_mongodb("--sync-on-commit")  # else the stand-in forgets what it has acknowledged
@@ -57,7 +58,10 @@ def url_of(engine: str, server: Server) -> str:
 
         asked(server.url, "CREATE DATABASE doomed")
         return f"{server.url}/doomed"
-    return f"{server.url}doomed?serverSelectionTimeoutMS=500" if engine == "mongodb" else server.url
+    if engine.startswith("mongodb"):
+        series = "&timeSeries=true" if engine.endswith("-timeseries") else ""
+        return f"{server.url}doomed?serverSelectionTimeoutMS=500{series}"
+    return server.url
 
 
 class Doom:
@@ -221,7 +225,7 @@ def test_a_writer_that_dies_in_the_middle_loses_and_doubles_nothing(doom: tuple[
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", [*FOLDERS, "clickhouse", "mongodb", "mysql", "postgresql"])
+@pytest.mark.parametrize("engine", [*FOLDERS, *SERVERS])
 def test_writers_that_die_in_everything_they_do_lose_and_double_nothing(doom: tuple[Doom, Server | None]):
     kill_writers(doom[0], KILLS)
 
@@ -233,7 +237,7 @@ def test_a_server_that_dies_in_the_middle_loses_and_doubles_nothing(doom: tuple[
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("engine", ["clickhouse", "mongodb", "mysql", "postgresql"])
+@pytest.mark.parametrize("engine", SERVERS)
 def test_servers_that_die_in_everything_they_do_lose_and_double_nothing(doom: tuple[Doom, Server]):
     kill_servers(*doom, KILLS)
     print(doom[0].met)
