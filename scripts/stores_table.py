@@ -19,6 +19,9 @@ from storage.registry import ENGINES  # noqa: E402
 PAGE = ROOT / "docs" / "operations.md"
 BEGIN, END = "<!-- stores: made by scripts/stores_table.py -->\n", "<!-- end of stores -->\n"
 SAME = {"marketstores": "marketstore", "mongodb+srv": "mongodb", "rediss": "redis"}  # other spellings of one store
+FORMS = {  # scheme: what else a store of its URL can be, by an option; the module that declares it
+    "mongodb": ("MongoDB, time series", "mongodb://user@host:27017/database?timeSeries=true", "storage.mongodb_series"),
+}
 ADDRESSES = {
     "chdb": ("ClickHouse in the process", "chdb://./folder"),
     "clickhouse": ("ClickHouse", "clickhouse://user@host:8123/"),
@@ -75,11 +78,15 @@ def table() -> str:
     ):
         if scheme in SAME:
             continue
-        able: Capabilities = import_module(module).CAPABILITIES
-        name, address = ADDRESSES.get(scheme, (scheme, f"{scheme}://host"))
-        by = f"`pip install -e '.{extra}'`" if extra else "itself"
-        many = "many" if able.writers is Writers.MANY_PROCESSES else "one process"
-        lines.append(f"| {name} | `{address}` | {by} | {'yes' if able.atomic else 'no'} | {many} | {refused(able)} |")
+        forms = [(*ADDRESSES.get(scheme, (scheme, f"{scheme}://host")), module)]
+        for name, address, module in forms + ([FORMS[scheme]] if scheme in FORMS else []):
+            able: Capabilities = import_module(module).CAPABILITIES
+            by = f"`pip install -e '.{extra}'`" if extra else "itself"
+            seen, many = (
+                "yes" if able.atomic else "no",
+                "many" if able.writers is Writers.MANY_PROCESSES else "one process",
+            )
+            lines.append(f"| {name} | `{address}` | {by} | {seen} | {many} | {refused(able)} |")
     return "\n".join(lines) + "\n"
 
 

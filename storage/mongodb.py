@@ -122,6 +122,8 @@ class MongoStore:
         documents.check(dataset, schema)
         with self._told(f"making the collection of {dataset}"):
             table = self._described(dataset) or self._create(dataset, schema)
+            if table.series:
+                self._index(self._collection(dataset), schema, series=True)  # nothing is read without it
             while table.schema != schema:
                 evolution.added(dataset, table.schema, schema)
                 # compared: another process may give it another schema at the same time
@@ -370,7 +372,7 @@ class MongoStore:
         for frame in frames:
             for part in admission.admit(dataset, frame, schema, self.capabilities).iter_slices(_ROWS_AT_ONCE):
                 new.insert_many(documents.to_documents(part, schema), ordered=False)
-        self._index(new, schema)
+        self._index(new, schema, series=False)
         kept = name
         if name == dataset:
             kept = f"{dataset}_before_{wish.at:%Y%m%d_%H%M%S}"
@@ -535,7 +537,7 @@ class MongoStore:
                 continue  # dropped again
             if self._series:
                 mongodb_series.refuse_other(dataset, schema, listed["options"].get(_SERIES))
-            self._index(self._collection(dataset), schema)
+            self._index(self._collection(dataset), schema, series=self._series)
             new = {"dataset": dataset, "marker": uuid.uuid4().hex, "schema": evolution.to_text(schema)}
             try:
                 # of several processes that come here at once, the first one's is kept
@@ -545,9 +547,9 @@ class MongoStore:
             if (table := self._described(dataset)) is not None:
                 return table
 
-    def _index(self, collection: Collection[Document], schema: Schema) -> None:
+    def _index(self, collection: Collection[Document], schema: Schema, *, series: bool) -> None:
         """Make the index that finds rows by subject and time, where the `_id` does not."""
-        if self._series or not {schema.subject, schema.time} - {None} <= set(documents.identity(schema)):
+        if series or not {schema.subject, schema.time} - {None} <= set(documents.identity(schema)):
             collection.create_index([(name, 1) for name in (schema.subject, schema.time) if name is not None])
 
     def _admitted(

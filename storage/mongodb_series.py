@@ -61,6 +61,7 @@ _FOR_OTHERS = timedelta(hours=1)  # after which a note was left by somebody who 
 _FOR_OWN = timedelta(minutes=1)
 _GONE_SNAPSHOT = (43, 239, 246)  # CursorNotFound, SnapshotTooOld, SnapshotUnavailable
 _TRIES = 5
+_PAUSE_SECONDS = 0.2
 _PLACE, _RANK = "__place", "__rank"
 _Result = TypeVar("_Result")
 
@@ -371,6 +372,7 @@ class Series:
                 tries += 1
                 if not _passing(error) or tries == _TRIES:
                     raise
+                time.sleep(_PAUSE_SECONDS)
 
     def _after(self, last: Document) -> Document:
         """Return the condition on rows that come after all of this one's subject and time."""
@@ -403,6 +405,7 @@ class Series:
             except Exception as error:
                 if not _passing(error) or not left:
                     raise
+                time.sleep(_PAUSE_SECONDS)
         raise AssertionError
 
     @contextmanager

@@ -127,6 +127,19 @@ STARTED = (
 )
 
 
+# the rest of MongoDB's time-series collections is not for every day: the store is that of the ordinary ones, and the
+# stand-in is slow
+DAILY = (
+    "test_a_batch_that_comes_again_changes_nothing",
+    "test_a_span_is_replaced_by_exactly_these_rows",
+    "test_an_upsert_counts_what_it_inserted_updated_and_left",
+    "test_deleted_rows_are_gone_and_counted",
+    "test_fingerprints_are_of_the_rows_as_they_are_now_and_of_those_asked_for",
+    "test_hostile_values_of_every_type_come_back_as_they_went",
+    "test_nanoseconds_of_a_time_column_neither_hide_nor_double_a_row",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # its tables are those of chDB, which runs all of it every day; the network path has tests of its own
@@ -135,6 +148,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         adopts = item.path.name == "test_adoption.py" and "[" in item.name
         whole = item.name.startswith("test_a_table_made_by_hand") and "[chdb]" not in item.name
         if adopts and "place" in item.fixturenames and not whole and "[postgresql" not in item.name:
+            item.add_marker(pytest.mark.slow)
+        if "[mongodb-timeseries" in item.name and not item.name.startswith(DAILY):
             item.add_marker(pytest.mark.slow)
         if item.name in STARTED or item.name in [
             f"{name}[{engine}]"

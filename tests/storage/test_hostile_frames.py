@@ -61,7 +61,7 @@ class Life:
 
     def made(self) -> Schema | None:
         """Make the table; where the names are refused, with others, and None where its types are."""
-        schema = self.mild.schema()
+        schema = self.drawn()
         try:
             self.store.ensure(self.dataset, schema)
         except SchemaError:
@@ -84,6 +84,16 @@ class Life:
                 return None
         assert self.store.schema(self.dataset) == schema
         return schema
+
+    def drawn(self) -> Schema:
+        """Draw a schema, with time and subject in its key where the store can have no other."""
+        schema = self.mild.schema()
+        if self.store.capabilities.any_key:
+            return schema
+        while schema.time is None:
+            schema = self.mild.schema()
+        named = [name for name in (schema.subject, schema.time) if name is not None]
+        return replace(schema, key=tuple(dict.fromkeys([*schema.key, *named])))
 
     def evolved(self, schema: Schema) -> Schema:
         """Add columns; where their names are refused, with others."""
@@ -185,7 +195,7 @@ class Life:
 
 
 def live(store: Store, numbers: range) -> list[Life]:
-    needs(store, any_key=True, subjects=None)
+    needs(store, subjects=None)
     lives = []
     for seed in numbers:
         life = Life(store, f"hostile.d{seed}", seed)
