@@ -285,6 +285,13 @@ def test_what_was_cut_short_is_read_once_counted_once_and_ended_when_it_comes_ag
     assert rows_of(other).equals(new)
 
 
+def test_what_was_cut_short_is_ended_even_if_less_of_it_comes_again(store, other, database):
+    new = half_corrected(store)
+    assert other.write(batch(DATASET, new.head(3), 2)) == Written(unchanged=3)
+    assert twins_in(database) == 0
+    assert rows_of(other).equals(new)
+
+
 def test_rows_that_a_dead_writer_left_twice_go_before_others_go_instead(store, other, database):
     new = half_corrected(store)
     assert other.delete(DATASET, Filter(["NA"])) == 10
@@ -389,7 +396,7 @@ def test_a_document_that_is_there_twice_under_one_id_is_written_anew(store, data
 
 def test_ticks_of_one_instant_are_told_apart_by_what_else_is_in_their_key(store, other):
     store.ensure("made.ticks", TICKS)
-    at = pl.Series([0, 0, 1, 999_999, 1_000_000]).cast(pl.Datetime("ns", "UTC"))
+    at = pl.Series([0, 0, 1, 999_999, 1_002_000]).cast(pl.Datetime("ns", "UTC"))
     frame = pl.DataFrame(
         {"symbol": "A", "at": at, "number": [1, 2**64 - 1, 2, 2, 2], "price": [0.0, -0.0, 1.0, 2.0, 3.0]},
         schema={**TICKS.polars()},
@@ -403,7 +410,7 @@ def test_ticks_of_one_instant_are_told_apart_by_what_else_is_in_their_key(store,
     assert other.scan("made.ticks").collect().sort(TICKS.key).equals(new.sort(TICKS.key))
     assert other.count("made.ticks") == 5
     assert other.count("made.ticks", Filter(since=datetime(1970, 1, 1, 0, 0, 0, 1, tzinfo=UTC))) == 2
-    assert other.watermarks("made.ticks") == {"A": datetime(1970, 1, 1, 0, 0, 0, 1000, tzinfo=UTC)}
+    assert other.watermarks("made.ticks") == {"A": datetime(1970, 1, 1, 0, 0, 0, 1002, tzinfo=UTC)}
     assert other.write(batch("made.ticks", stamped(new), 2, schema=TICKS)) == Written(unchanged=5)
 
 
