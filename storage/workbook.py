@@ -11,12 +11,12 @@ full.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import RowsRefused, SchemaError, StoreError
+from marketsync.schema import INGESTED_COLUMN
 
 if TYPE_CHECKING:
     import polars as pl
@@ -25,6 +25,7 @@ SHEET_ROWS = 1_048_575  # under the header
 LONGEST_TEXT = 32_767  # UTF-16 units
 _WIDEST = 12  # characters of a cell that one of a text can take: two that XML cannot carry
 _AT_ONCE_ROWS = 16_384
+_NARROWEST, _WIDEST_COLUMN = 9.0, 60.0  # of a column of texts, in letters
 _DIGITS_15 = 10**15
 _LEAST_DOUBLE = 2.2250738585072014e-308
 _EPOCH_DAY = 25_569  # 1970-01-01 in Excel's count
@@ -42,15 +43,17 @@ def write(path: Path, frame: pl.DataFrame) -> None:
     import rustpy_xlsxwriter as xlsx
 
     names = sheet_names(frame.height)
-    records = _records(frame)
-    empty = pl.DataFrame(schema=dict.fromkeys(frame.columns, pl.String()))
+    cells = [_cells(column) for column in frame.iter_columns()]
+    plain = pl.DataFrame([column for column, _ in cells])
+    texts = pl.DataFrame([text for _, text in cells if text is not None])
+    parts = [(start, SHEET_ROWS) for start in range(0, len(names) * SHEET_ROWS, SHEET_ROWS)]
     look, widths = _look(frame)
     notes: dict[str, Any] = {
         column: {"author": "MarketSync", "text": "in UTC"} for column, code in look.items() if "hh" in code
     }
     try:
         xlsx.write_worksheets(
-            [(name, islice(records, SHEET_ROWS) if frame.height else empty) for name in names],
+            [(name, _sheet(plain.slice(*part), texts.slice(*part))) for name, part in zip(names, parts, strict=True)],
             str(path),
             freeze_panes={"general": {"row": 1, "col": 0}},
             autofilter={"general": True},
@@ -104,10 +107,27 @@ def sheet_names(rows: int) -> list[str]:
     return ["rows", *(f"rows {number}" for number in range(2, sheets + 1))]
 
 
-def _records(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    for part in frame.iter_slices(_AT_ONCE_ROWS):
-        for row in zip(*(_cells(column) for column in part.iter_columns()), strict=True):
-            yield dict(zip(frame.columns, row, strict=True))
+def _sheet(plain: pl.DataFrame, texts: pl.DataFrame) -> Any:
+    """Return the cells of a sheet as the writer takes them: as columns; as rows, which take twice the time, where the
+    cells of a column are of several kinds."""
+    import polars as pl
+
+    if plain.is_empty():
+        return pl.DataFrame(schema=dict.fromkeys(plain.columns, pl.String()))
+    texts = texts.select(text for text in texts.iter_columns() if text.null_count() < plain.height)
+    whole = [text for text in texts.iter_columns() if text.null_count() == plain[text.name].null_count()]
+    plain, texts = plain.with_columns(whole), texts.drop(text.name for text in whole)
+    return _records(plain, texts) if texts.columns else plain
+
+
+def _records(plain: pl.DataFrame, texts: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    for start in range(0, plain.height, _AT_ONCE_ROWS):
+        columns = plain.slice(start, _AT_ONCE_ROWS).to_dict(as_series=False)
+        for text in texts.slice(start, _AT_ONCE_ROWS).iter_columns():
+            for row in text.is_not_null().arg_true():
+                columns[text.name][row] = text[row]
+        for row in zip(*columns.values(), strict=True):
+            yield dict(zip(plain.columns, row, strict=True))
 
 
 def _look(frame: pl.DataFrame) -> tuple[dict[str, str], dict[str, float]]:
@@ -118,6 +138,9 @@ def _look(frame: pl.DataFrame) -> tuple[dict[str, str], dict[str, float]]:
     for name, type_ in frame.schema.items():
         if type_ == pl.String:
             formats[name] = "@"  # or Excel makes a number of 000001 when somebody edits the cell
+            some = frame[name].head(_AT_ONCE_ROWS)
+            wide = ((some.str.len_chars() + some.str.len_bytes()) / 2).max()  # a Chinese character is two letters wide
+            widths[name] = min(max(_NARROWEST, len(name) + 3.0, float(wide or 0) + 1), _WIDEST_COLUMN)  # 3: the filter
         elif type_.is_integer():
             formats[name], widths[name] = "0", 14.0
         elif type_ == pl.Date:
@@ -132,25 +155,26 @@ def _look(frame: pl.DataFrame) -> tuple[dict[str, str], dict[str, float]]:
 # from values to cells
 
 
-def _cells(values: pl.Series) -> list[Any]:
-    """Return what the cells of a column hold: a number, a truth value, text, or nothing."""
+def _cells(values: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+    """Return what the cells of a column hold, numbers, truth values or texts, and the texts, null elsewhere, that some
+    of them hold instead, where a plain one would not give the value back."""
     import polars as pl
 
     if values.dtype == pl.String:
         _refuse_long(values)
         quoted = values.str.starts_with('"') & values.str.ends_with('"')
-        return _with(values, (values == "") | values.str.contains(_NOT_IN_XML) | quoted, values, _literal)
+        return _exchanged(values, (values == "") | values.str.contains(_NOT_IN_XML) | quoted, _literal), None
     if values.dtype == pl.Boolean:
-        return values.to_list()
+        return values, None
     if values.dtype.is_integer():
-        return _with(values, values.cast(pl.Int128).abs() > _DIGITS_15, values, str)
+        return values, _texts_of(values, values.cast(pl.Int128).abs() > _DIGITS_15, lambda each: each.cast(pl.String))
     if values.dtype.is_float():
         double = values.cast(pl.Float64)
         near_zero = (double.abs() < _LEAST_DOUBLE) & ((double != 0) | (1 / double < 0))
-        return _with(_shortest(values), near_zero | ~double.is_finite(), double, repr)
+        return _shortest(values), _texts_of(double, near_zero | ~double.is_finite(), lambda each: map(repr, each))
     if values.dtype == pl.Date:
         days = values.to_physical().cast(pl.Int64) + _EPOCH_DAY
-        return _with(days, days < _FIRST_DAY, values, str)
+        return days, _texts_of(values, days < _FIRST_DAY, lambda each: each.dt.strftime("%Y-%m-%d"))
     nanos = values.dtype == pl.Datetime("ns", "UTC")
     count = values.to_physical()
     micros = count // 1000 if nanos else count
@@ -159,15 +183,23 @@ def _cells(values: pl.Series) -> list[Any]:
     inexact = (serial < _FIRST_DAY) | (_micros(serial) != micros)
     if nanos:
         inexact = inexact | (count % 1000 != 0)
-    return _with(serial, inexact, values.dt.strftime(f"%Y-%m-%dT%H:%M:%S%.{9 if nanos else 6}fZ"), str)
+    iso = f"%Y-%m-%dT%H:%M:%S%.{9 if nanos else 6}fZ"
+    return serial, _texts_of(values, inexact, lambda each: each.dt.strftime(iso))
 
 
-def _with(cells: pl.Series, not_exact: pl.Series, values: pl.Series, text) -> list[Any]:
-    """Return the cells, with the text of the value where a plain one would not give the value back."""
-    result = cells.to_list()
-    for row in not_exact.arg_true():
-        result[row] = text(values[row])
-    return result
+def _texts_of(values: pl.Series, where: pl.Series, text: Callable[[pl.Series], Iterable[str]]) -> pl.Series | None:
+    import polars as pl
+
+    rows = where.arg_true()
+    if rows.is_empty():
+        return None
+    none = pl.Series(values.name, [None], pl.String).new_from_index(0, len(values))
+    return none.scatter(rows, pl.Series(text(values.gather(rows)), dtype=pl.String))
+
+
+def _exchanged(texts: pl.Series, where: pl.Series, other: Callable[[str], str]) -> pl.Series:
+    rows = where.arg_true()
+    return texts if rows.is_empty() else texts.scatter(rows, list(map(other, texts.gather(rows))))
 
 
 def _literal(value: str) -> str:
@@ -207,6 +239,8 @@ def _no_cell(text: str) -> str:
 
 
 def _refuse_long(values: pl.Series) -> None:
+    if (values.str.len_bytes().max() or 0) <= LONGEST_TEXT:  # no text has more UTF-16 units than bytes of UTF-8
+        return
     lengths = values.str.len_chars() + values.str.count_matches(_ASTRAL)
     if count := int((lengths > LONGEST_TEXT).sum()):
         raise SchemaError(
@@ -246,7 +280,7 @@ def _values(cells: pl.Series, type_: pl.DataType, texts: pl.Series | None) -> pl
 
     if type_ == pl.String:
         quoted = cells.str.starts_with('"') & cells.str.ends_with('"') & (cells.str.len_chars() > 1)
-        return pl.Series(cells.name, _with(cells, quoted, cells, json.loads), type_) if quoted.any() else cells
+        return _exchanged(cells, quoted, json.loads)
     if type_ == pl.Boolean:
         return cells.replace_strict(["true", "false"], [True, False], return_dtype=pl.Boolean)
     if not type_.is_temporal():
@@ -274,5 +308,7 @@ def _micros(serial: pl.Series) -> pl.Series:
 
     day = serial.floor()
     micros = (day.cast(pl.Int64) - _EPOCH_DAY) * _DAY_US + ((serial - day) * _DAY_US).round().cast(pl.Int64)
+    if serial.name == INGESTED_COLUMN:  # it is compared with nothing, so it need not outlive other programs
+        return micros
     whole = (micros + 500) // 1000 * 1000
     return whole.zip_with((micros - whole).abs() <= _SAVED_WITHIN_US, micros)

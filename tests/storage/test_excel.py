@@ -89,6 +89,21 @@ def test_a_person_sees_a_frozen_header_real_dates_and_real_numbers(store, tmp_pa
     assert sheet.column_dimensions["B"].width > len("2001-01-30 09:30:00")
 
 
+@pytest.mark.parametrize(
+    ("texts", "letters"),
+    [(["x" * 30, "y"], 31), (["贵州茅台酒股份有限公司"], 23), (["a", None], 9), (["z" * 1000], 60), ([None], 9)],
+    ids=["letters", "characters as wide as two", "short", "long", "none"],
+)
+def test_a_column_of_texts_is_as_wide_as_its_texts_within_limits(tmp_path: Path, texts: list, letters: int):
+    values = pl.Series(texts, dtype=pl.String)
+    frame = pl.DataFrame({"x": values, "a_long_name_of_a_column": pl.Series([None] * len(texts), dtype=pl.String)})
+    workbook.write(tmp_path / "a.xlsx", frame)
+    sheet = openpyxl.load_workbook(tmp_path / "a.xlsx").active
+    assert sheet is not None
+    assert letters <= sheet.column_dimensions["A"].width < letters + 1
+    assert sheet.column_dimensions["B"].width > len("a_long_name_of_a_column")
+
+
 def test_rows_stand_by_symbol_and_time_however_they_came(store, tmp_path: Path):
     store.ensure(NAME, BARS)
     store.write(batch(NAME, bars(("B",), first=5, rows=3), 1))
@@ -135,6 +150,30 @@ def test_what_a_plain_cell_would_change_is_text_and_comes_back(values: pl.Series
     shown = [row[1] for row in sheet.iter_rows(min_row=2)]
     assert [cell.value for cell in shown] == cells
     assert not any(cell.data_type == "f" for cell in shown)
+
+
+def test_sheets_of_plain_cells_and_of_several_kinds_stand_in_one_workbook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(workbook, "SHEET_ROWS", 3)
+    monkeypatch.setattr(workbook, "_AT_ONCE_ROWS", 2)
+    numbers = [1.5, None, 3.0, 4.0, math.nan, 5.0, -0.0, None, math.inf, None]
+    values = pl.Series("x", numbers)
+    assert there_and_back(values, tmp_path / "a.xlsx").equals(values, null_equal=True)
+    book = openpyxl.load_workbook(tmp_path / "a.xlsx")
+    cells = [[row[1] for row in sheet.iter_rows(min_row=2, values_only=True)] for sheet in book]
+    assert cells == [[1.5, None, 3], [4, "nan", 5], ["-0.0", None, "inf"], [None]]
+
+
+def test_when_a_row_came_is_a_date_whatever_its_microseconds(store, tmp_path: Path):
+    """3 us beside a whole millisecond another program would lose; here that is no harm, and all cells stay plain."""
+    store.ensure(NAME, BARS)
+    came = datetime(2026, 1, 2, 3, 4, 5, 678_003, UTC)
+    store.write(batch(NAME, bars().with_columns(pl.lit(came, MICROS).alias("_ingested_at"))))
+    sheet = openpyxl.load_workbook(book(tmp_path)).active
+    assert sheet is not None
+    assert {cell.data_type for (cell,) in sheet.iter_rows(min_row=2, min_col=6, max_col=6)} == {"d"}
+    assert store.scan(NAME, Filter(system=True)).collect()["_ingested_at"].unique().to_list() == [came]
 
 
 def test_a_text_that_looks_like_an_escape_is_escaped_as_excel_does_it(tmp_path: Path):
