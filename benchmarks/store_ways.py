@@ -180,17 +180,21 @@ def raw_csv(url: str, dataset: str) -> Write:
 
 
 def raw_excel(url: str, dataset: str) -> Write:
-    import rustpy_xlsxwriter
+    from rustpy_xlsxwriter import Format, write_worksheet
 
     file = folder_of(url, dataset).with_name(f"{dataset}.xlsx")
+    times = ["ts", "_ingested_at"]
+    # given as times, the writer would cut them to whole seconds
+    serial = pl.col(times).to_physical() / 86_400_000_000 + 25_569
+    look = {name: Format().set_num_format("yyyy-mm-dd hh:mm:ss.000") for name in times}
 
     def write(frame: pl.DataFrame, number: int, there: bool) -> None:
-        rows = frame.with_columns(pl.col("ts", "_ingested_at").dt.replace_time_zone(None))
+        rows = frame.with_columns(pl.col(times).dt.replace_time_zone(None))
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             before = pl.read_excel(file).cast(rows.schema)  # pyright: ignore[reportArgumentType]
             rows = pl.concat([before, rows]).unique(KEY, keep="last").sort(KEY)
-        rustpy_xlsxwriter.write_worksheet(rows, str(file))
+        write_worksheet(rows.with_columns(serial), str(file), column_formats=look)
 
     return write
 

@@ -12,6 +12,7 @@ with other values it is refused until it is put back or taken away. A workbook t
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -47,6 +48,7 @@ CAPABILITIES = Capabilities(
 
 _TABLE = ".marketsync.json"
 _LOOKS = 3
+_KEPT_BYTES = 64_000_000  # the next batch goes with the rows that were written for the last one, if they are no more
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ExcelStore:
         self.url = url
         self.name = name
         self._root = location.folder(url)
+        self._last: tuple[str, pl.DataFrame] | None = None  # the workbook written last, by its digest, and its rows
 
     # the table: creation, identity, shape
 
@@ -214,7 +217,7 @@ class ExcelStore:
         return f"{dataset}: {path} was saved by another program, with the same values; it was written anew, in order"
 
     def close(self) -> None:
-        pass
+        self._last = None
 
     # how it is done
 
@@ -265,8 +268,11 @@ class ExcelStore:
 
         path = self._path(dataset)
         content = _bytes(path)
+        digest, last = hashlib.sha256(content).hexdigest(), self._last
+        if last is not None and last[0] == digest == state.digest:
+            return last[1]
         rows = pl.concat(self._decoded(dataset, content, state, list(state.schema.polars(system=True))))
-        if hashlib.sha256(content).hexdigest() != state.digest and _content(rows, state.schema) != state.content:
+        if digest != state.digest and _content(rows, state.schema) != state.content:
             raise StoreDamaged(
                 f"the rows in {path} have other values than MarketSync wrote: another program changed them; put back "
                 "the workbook as it was, or move it elsewhere, and the next sync fills the table again, from a sibling "
@@ -305,6 +311,7 @@ class ExcelStore:
             write_whole(table, _to_json(before, after))
             os.replace(new, path)
             sync(path.parent)
+            self._last = (after.digest, rows) if rows.estimated_size() <= _KEPT_BYTES else None
         write_whole(table, _to_json(after, None))
         return after
 
@@ -364,7 +371,9 @@ def _content(rows: pl.DataFrame, schema: Schema) -> str:
     plain = rows.drop(INGESTED_COLUMN).sort(list(schema.key)).with_columns(pl.selectors.temporal().to_physical())
     digest = hashlib.sha256()
     for part in plain.iter_slices(lazyframes.ARROW_ROWS):
-        digest.update(part.write_csv(include_header=False).encode())
+        text = io.BytesIO()
+        part.write_csv(text, include_header=False)
+        digest.update(text.getbuffer())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import RowsRefused, SchemaError, StoreError
-from marketsync.schema import INGESTED_COLUMN
+from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN
 
 if TYPE_CHECKING:
     import polars as pl
@@ -26,6 +26,7 @@ LONGEST_TEXT = 32_767  # UTF-16 units
 _WIDEST = 12  # characters of a cell that one of a text can take: two that XML cannot carry
 _AT_ONCE_ROWS = 16_384
 _NARROWEST, _WIDEST_COLUMN = 9.0, 60.0  # of a column of texts, in letters
+_DIGITS_11 = 10**11
 _DIGITS_15 = 10**15
 _LEAST_DOUBLE = 2.2250738585072014e-308
 _EPOCH_DAY = 25_569  # 1970-01-01 in Excel's count
@@ -131,18 +132,22 @@ def _records(plain: pl.DataFrame, texts: pl.DataFrame) -> Iterator[dict[str, Any
 
 
 def _look(frame: pl.DataFrame) -> tuple[dict[str, str], dict[str, float]]:
-    """Return the number format and the width of the columns that need one."""
+    """Return the number format and the width of the columns that need one: each cell with a format costs time."""
     import polars as pl
 
     formats, widths = {}, {}
     for name, type_ in frame.schema.items():
         if type_ == pl.String:
-            formats[name] = "@"  # or Excel makes a number of 000001 when somebody edits the cell
-            some = frame[name].head(_AT_ONCE_ROWS)
-            wide = ((some.str.len_chars() + some.str.len_bytes()) / 2).max()  # a Chinese character is two letters wide
-            widths[name] = min(max(_NARROWEST, len(name) + 3.0, float(wide or 0) + 1), _WIDEST_COLUMN)  # 3: the filter
+            if name != SEGMENT_COLUMN:  # or Excel makes a number of 000001 when somebody edits the cell
+                formats[name] = "@"
+            some = pl.col(name).head(_AT_ONCE_ROWS).str
+            letters = (some.len_chars() + some.len_bytes()) / 2  # a Chinese character is as wide as two
+            longest = frame.select(letters.max().fill_null(0)).item()
+            widths[name] = min(max(_NARROWEST, len(name) + 3.0, longest + 1), _WIDEST_COLUMN)  # 3: the filter's button
         elif type_.is_integer():
-            formats[name], widths[name] = "0", 14.0
+            widths[name] = 14.0
+            if (frame[name].cast(pl.Int128).abs() >= _DIGITS_11).any():
+                formats[name] = "0"  # or they show as powers of ten
         elif type_ == pl.Date:
             formats[name], widths[name] = "yyyy-mm-dd", 12.0
         elif type_.is_temporal():
@@ -239,7 +244,7 @@ def _no_cell(text: str) -> str:
 
 
 def _refuse_long(values: pl.Series) -> None:
-    if (values.str.len_bytes().max() or 0) <= LONGEST_TEXT:  # no text has more UTF-16 units than bytes of UTF-8
+    if not (values.str.len_bytes() > LONGEST_TEXT).any():  # no text has more UTF-16 units than bytes of UTF-8
         return
     lengths = values.str.len_chars() + values.str.count_matches(_ASTRAL)
     if count := int((lengths > LONGEST_TEXT).sum()):

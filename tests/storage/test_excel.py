@@ -84,7 +84,8 @@ def test_a_person_sees_a_frozen_header_real_dates_and_real_numbers(store, tmp_pa
         True,
     ]
     assert [cell.data_type for cell in first[:6]] == ["s", "d", "n", "n", "d", "b"]
-    assert [cell.number_format for cell in first[:5]] == ["@", "yyyy-mm-dd hh:mm:ss", "General", "0", "yyyy-mm-dd"]
+    formats = [cell.number_format for cell in first[:5]]
+    assert formats == ["@", "yyyy-mm-dd hh:mm:ss", "General", "General", "yyyy-mm-dd"]
     assert [cell.value for cell in second[2:6]] == [None, 1, datetime(2001, 1, 30), False]  # noqa: DTZ001
     assert sheet.column_dimensions["B"].width > len("2001-01-30 09:30:00")
 
@@ -150,6 +151,8 @@ def test_what_a_plain_cell_would_change_is_text_and_comes_back(values: pl.Series
     shown = [row[1] for row in sheet.iter_rows(min_row=2)]
     assert [cell.value for cell in shown] == cells
     assert not any(cell.data_type == "f" for cell in shown)
+    if values.dtype.is_integer():  # longer than what a plain format shows in full
+        assert {cell.number_format for cell in shown} == {"0"}
 
 
 def test_sheets_of_plain_cells_and_of_several_kinds_stand_in_one_workbook(
@@ -281,6 +284,25 @@ def test_a_workbook_that_was_saved_with_the_same_values_is_taken(store, tmp_path
     saved_again(book(tmp_path), change)
     assert store.write(batch(NAME, bars(first=47, rows=2), 3)) == Written(inserted=2, unchanged=2)
     assert open_store(store.url).count(NAME, Filter(["NA"])) == 49
+
+
+def test_a_batch_goes_with_the_rows_of_the_last_one_only_while_the_file_is_as_it_was_written(
+    store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    reads: list[int] = []
+    real = workbook.read
+    monkeypatch.setattr(workbook, "read", lambda *given: reads.append(1) or real(*given))
+    assert store.write(batch(NAME, bars(first=40), 2)) == Written(inserted=80, unchanged=16)
+    assert not reads
+    open_store(store.url).write(batch(NAME, bars(("Z",), rows=3), 3))  # as another process does
+    assert len(reads) == 1
+    assert store.write(batch(NAME, bars(("Z",), rows=4), 4)) == Written(inserted=1, unchanged=3)
+    assert len(reads) == 2
+    saved_again(book(tmp_path), other_value)
+    with pytest.raises(StoreDamaged):
+        store.write(batch(NAME, bars(first=100), 5))
 
 
 def other_value(opened) -> None:
