@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from marketsync.errors import ForeignTable, SchemaConflict, StoreError
 from marketsync.schema import ColumnType, Period, Schema
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import polars as pl
     from pymongo.client_session import ClientSession
     from pymongo.collection import Collection
+    from pymongo.errors import OperationFailure
 
 CAPABILITIES = Capabilities(
     atomic=False,
@@ -53,13 +54,14 @@ CAPABILITIES = Capabilities(
 NOTES = "writing"  # the field of a table's description
 _BEGAN = "began"
 _SPANS = {Period.DAY: 86_400, Period.MONTH: 31 * 86_400, Period.YEAR: 365 * 86_400}  # seconds, of a bucket at most
-_OLDEST = (7, 0)  # older servers delete by the subject alone
+OLDEST = (7, 0)  # older servers delete by the subject alone
 _ROWS_AT_ONCE = 10_000
 _IDS_AT_ONCE = 1_000
 _FOR_OTHERS = timedelta(hours=1)  # after which a note was left by somebody who has died
 # a server may still be busy with what a killed process has sent
 _FOR_OWN = timedelta(minutes=1)
-_GONE_SNAPSHOT = (43, 239, 246)  # CursorNotFound, SnapshotTooOld, SnapshotUnavailable
+_TOO_OLD = 239
+_GONE = (43, _TOO_OLD, 246)  # CursorNotFound, SnapshotTooOld, SnapshotUnavailable
 _TRIES = 5
 _PAUSE_SECONDS = 0.2
 _PLACE, _RANK = "__place", "__rank"
@@ -75,7 +77,7 @@ def check(dataset: str, schema: Schema, version: Sequence[int]) -> None:
             f"{dataset} cannot become a time-series collection in MongoDB: its {lacks} is not in its key "
             f"({', '.join(schema.key)}), by which a row is found there; leave timeSeries=true out of its store's URL"
         )
-    if tuple(version[:2]) < _OLDEST:
+    if tuple(version[:2]) < OLDEST:
         told = ".".join(map(str, version[:2]))
         raise StoreError(
             f"{dataset} cannot become a time-series collection: the server is MongoDB {told}, and before 7.0 no single "
@@ -156,13 +158,23 @@ class Series:
 
     def settled(self, act: Callable[[Document, ClientSession | None], _Result]) -> _Result:
         """Return what is computed from the rows of the condition that is given to `act`, which leaves out every twin
-        that does not count."""
+        that does not count. They are of one instant like those that `found` yields."""
 
         def of_one_instant(session: ClientSession | None) -> _Result:
             outranked = [one["_id"] for note in self._notes(session) for one in self._twins(note, session)]
             return act({"_id": {"$nin": outranked}} if outranked else {}, session)
 
-        return self._at_an_instant(of_one_instant)
+        for _ in range(_TRIES):
+            try:
+                with self._instant() as session:
+                    return of_one_instant(session)
+            except Exception as error:
+                if not _passing(error):
+                    raise
+                if error.code == _TOO_OLD:  # what lasts longer than the server remembers an instant will again
+                    break
+                time.sleep(_PAUSE_SECONDS)
+        return of_one_instant(None)
 
     def newest(self) -> dict[str, datetime | date]:
         """Return the newest time of each subject. The greatest date of a bucket is known without its rows; what its
@@ -397,17 +409,6 @@ class Series:
                 greatest[key] = row
         return list(greatest.values())
 
-    def _at_an_instant(self, act: Callable[[ClientSession | None], _Result]) -> _Result:
-        for left in reversed(range(_TRIES)):
-            try:
-                with self._instant() as session:
-                    return act(session)
-            except Exception as error:
-                if not _passing(error) or not left:
-                    raise
-                time.sleep(_PAUSE_SECONDS)
-        raise AssertionError
-
     @contextmanager
     def _instant(self) -> Iterator[ClientSession | None]:
         """Give a session that sees all rows as they are now, where the server has such."""
@@ -438,11 +439,11 @@ def _ids(count: int, instead: Sequence[Document]) -> Iterator[Any]:
         yield ObjectId(min(second, 2**32 - 1).to_bytes(4, "big") + ObjectId().binary[4:])
 
 
-def _passing(error: Exception) -> bool:
+def _passing(error: Exception) -> TypeGuard[OperationFailure]:
     """Tell whether the server has only let go of the instant that was being read."""
     from pymongo.errors import OperationFailure
 
-    return isinstance(error, OperationFailure) and error.code in _GONE_SNAPSHOT
+    return isinstance(error, OperationFailure) and error.code in _GONE
 
 
 def _now() -> datetime:

@@ -100,8 +100,14 @@ def mongodb(mongodb_server: str) -> Iterator[str]:
 def timeseries(mongodb_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same of a database where every collection of a dataset is a time-series one, and where no process may send
     what MongoDB refuses for those."""
+    import pymongo
     import timeseries_rules
 
+    from storage import mongodb_series
+
+    with pymongo.MongoClient(mongodb_server) as client:
+        if tuple(client.server_info()["versionArray"][:2]) < mongodb_series.OLDEST:
+            missing("time-series collections take MongoDB 7.0")
     told = tmp_path / "refused by MongoDB"
     monkeypatch.setenv(timeseries_rules.FILE, str(told))
     timeseries_rules.install()
