@@ -58,6 +58,14 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
     return frame
 
 
+def without_signs(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return the frame with 0.0 for -0.0, for an engine that does not promise to keep them apart."""
+    import polars as pl
+
+    floats = pl.col(pl.Float32, pl.Float64)
+    return frame.with_columns(pl.when(floats == 0).then(0.0).otherwise(floats).name.keep())  # polars leaves `+ 0.0` out
+
+
 def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, capabilities: Capabilities) -> list[str]:
     """Return a sentence for each kind of value in the rows that a store of these capabilities would not give back:
     which column, how many, the remedy. Reads only columns that may have one, once."""

@@ -456,7 +456,7 @@ class DolphinStore:
         frame = admission.admit(dataset, frame, sent, self.capabilities)
         rows.refuse_long(dataset, frame)
         rows.refuse_far(dataset, frame, sent)
-        return evolution.fit(dataset, rows.without_signs(frame), sent, stored)
+        return evolution.fit(dataset, admission.without_signs(frame), sent, stored)
 
     def _columns(self, table: _Table) -> list[str]:
         """Return the columns in the order that the table has them, which is the order of an append."""

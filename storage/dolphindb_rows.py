@@ -160,14 +160,6 @@ def refuse_far(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
             )
 
 
-def without_signs(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the frame with 0.0 for -0.0, which the engine does not promise to keep apart."""
-    import polars as pl
-
-    floats = pl.col(pl.Float32, pl.Float64)
-    return frame.with_columns(pl.when(floats == 0).then(0.0).otherwise(floats).name.keep())  # polars leaves `+ 0.0` out
-
-
 def encoded(frame: pl.DataFrame, order: Sequence[str]) -> pd.DataFrame:
     """Return the rows as the client takes them, with the columns in this order: it sends them by position."""
     import polars as pl

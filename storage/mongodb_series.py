@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from marketsync.errors import ForeignTable, SchemaConflict, StoreError
 from marketsync.schema import ColumnType, Period, Schema
-from storage import classify, documents, lazyframes
+from storage import admission, classify, documents, lazyframes
 from storage.documents import FINE, Document
 from storage.protocol import Capabilities, Filter, Writers, Written
 
@@ -43,12 +43,14 @@ CAPABILITIES = Capabilities(
     unsigned_64=True,
     nul=True,
     evolve=True,
+    negative_zero=False,
     writers=Writers.MANY_PROCESSES,
     any_key=False,
     why="atomic, transactions: no transaction can write to a time-series collection; the lane moves after its rows, a "
     "reader may see a part of a batch, and other programs see a row that is being corrected twice for a moment. Where "
     "the server is no replica set, a row that is corrected just while it is read may be missed. any_key: without a "
-    "unique _id a row is found by its time and its subject; leave timeSeries=true out of the store's URL.",
+    "unique _id a row is found by its time and its subject; leave timeSeries=true out of the store's URL. "
+    "negative_zero: what packs the numbers of a bucket has not kept it in every version.",
 )
 
 NOTES = "writing"  # the field of a table's description
@@ -119,6 +121,7 @@ class Series:
     def put(self, frame: pl.DataFrame, absent: Sequence[str], who: str) -> Written:
         """Put in what is new or differs; rows that are equal stay. `who` never writes twice at the same time."""
         written = Written()
+        frame = admission.without_signs(frame)
         for part in frame.sort(self._by).iter_slices(_ROWS_AT_ONCE):
             written += self._put(part, absent, who)
         return written

@@ -385,6 +385,13 @@ def test_a_correction_counts_whatever_the_clock_of_who_wrote_before_it_said(stor
     assert twins_in(database) == 0
 
 
+def test_a_negative_zero_is_the_zero_that_is_there(store):
+    store.ensure(DATASET, BARS)
+    frame = bars(("A",), rows=2)
+    store.write(batch(DATASET, frame.with_columns(close=pl.Series([0.0, 2.0]))))
+    assert store.write(batch(DATASET, frame.with_columns(close=pl.Series([-0.0, 2.0])), 2)) == Written(unchanged=2)
+
+
 def test_a_document_that_is_there_twice_under_one_id_is_written_anew(store, database):
     store.ensure(DATASET, BARS)
     frame = bars(("A",), rows=2)
@@ -398,7 +405,7 @@ def test_ticks_of_one_instant_are_told_apart_by_what_else_is_in_their_key(store,
     store.ensure("made.ticks", TICKS)
     at = pl.Series([0, 0, 1, 999_999, 1_002_000]).cast(pl.Datetime("ns", "UTC"))
     frame = pl.DataFrame(
-        {"symbol": "A", "at": at, "number": [1, 2**64 - 1, 2, 2, 2], "price": [0.0, -0.0, 1.0, 2.0, 3.0]},
+        {"symbol": "A", "at": at, "number": [1, 2**64 - 1, 2, 2, 2], "price": [0.0, 4.0, 1.0, 2.0, 3.0]},
         schema={**TICKS.polars()},
     )
     store.write(batch("made.ticks", stamped(frame), schema=TICKS))
