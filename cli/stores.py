@@ -125,7 +125,7 @@ def _show_copied(one: Copied, dry_run: bool) -> None:
         put(f"{one.dataset}: {many(one.rows, 'row')} would be compared and copied; {one.there:,} are there")
         return
     went_on = "went on where it was broken off, " if one.resumed else ""
-    agree = "" if one.problems else f"; counts and newest times agree ({many(one.rows, 'row')})"
+    agree = f"; fingerprints agree ({many(one.rows, 'row')})" if one.agree else ""
     put(
         f"{one.dataset}: {went_on}{many(one.read, 'row')} read: {one.inserted:,} inserted, {one.updated:,} updated, "
         f"{one.unchanged:,} unchanged{agree}"

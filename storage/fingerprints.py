@@ -315,21 +315,24 @@ def of_rows(rows: pl.LazyFrame, dataset: str, schema: Schema, recipe: Recipe) ->
     import polars as pl
 
     made = plan(dataset, recipe, schema)
-    dialect = _Polars()
     subject = pl.lit(lazyframes.EVERY_SUBJECT) if schema.subject is None else pl.col(schema.subject)
     segment = pl.lit(None, pl.Int32()) if made.time is None else _segment(pl.col(made.time.name), made.period)
     values = [f"v{number}" for number in range(len(made.columns))]
-    numbers = [value.alias(name) for name, value in zip(values, made.values(dialect), strict=True)]
-    mixed = made.mixed(dialect, [pl.col(name) for name in values]).alias("x")
+    mixed = made.mixed(_Polars(), [pl.col(name) for name in values]).alias("x")
     square = (pl.col("x") * pl.col("x") % made.modulus).sum().alias("hash")
     totals = [pl.col(name).cast(pl.Int64, wrap_numerical=True).sum() for name in values]
     found = (
-        rows.select(subject.alias("subject"), segment.alias("segment"), *numbers)
+        rows.select(subject.alias("subject"), segment.alias("segment"), *numbers(made))
         .with_columns(mixed)
         .group_by("subject", "segment")
         .agg(pl.len().alias("rows"), square, *totals)
     )
     return finished(made, found.collect(engine="streaming"))
+
+
+def numbers(plan: Plan) -> list[pl.Expr]:
+    """Return the number that each compared column's value counts as, by polars: `v0`, `v1` and so on, null for null."""
+    return [value.alias(f"v{number}") for number, value in enumerate(plan.values(_Polars()))]
 
 
 def _segment(at: pl.Expr, period: Period) -> pl.Expr:

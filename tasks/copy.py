@@ -4,7 +4,8 @@ What is to be copied is surveyed first: how many rows, what of them the target c
 with any of them. Then it is cut into chunks, by periods of time and by subjects, which go one after the other as
 upserts; the digest names the lane, and the lane's `seq` in the target says which chunks are whole there. So a copy that
 was broken off goes on at its chunk as long as the source is as it was, and a copy of what is there changes nothing.
-What the ledger knows of the source it then knows of the target, and no more than that.
+At the end both stores are compared by fingerprints: nothing is taken for granted that a store said of its writes. What
+the ledger knows of the source it then knows of the target, and no more than that.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from marketsync.coverage import Covered, Interval, merged, minus, within
 from marketsync.definition import Dataset, request_hash
@@ -27,6 +28,7 @@ from marketsync.schema import INGESTED_COLUMN, Period, Schema
 from storage import evolution
 from storage.admission import refusals
 from storage.protocol import Batch, Filter, Mode, Store, Written
+from tasks.compare import Difference, compare
 from tasks.deliver import answered, begun_copies, frames, inherited
 from tasks.workspace import Workspace, margin, told_apart
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 ROWS = 200_000  # of a chunk, about, and of a write
 _GROUP = 1_000  # subjects of a chunk: stores look that many up by name
 _STRIDE = 1_000_000  # chunk n is whole when the lane is at n strides; its writes count up to that
+_TOLD = 5  # subjects that differ and are named in a sentence
 _DONE = 2**53 - 1  # of the last write: the lane is at its end, and the next copy takes another
 _STEPS = {Period.YEAR: "1y", Period.MONTH: "1mo", Period.DAY: "1d"}
 _ALWAYS = Interval(datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
@@ -68,6 +71,9 @@ class Copied:
     unchanged: int = 0
     resumed: bool = False  # it went on where an earlier copy had been broken off
     covered: int = 0  # subjects whose coverage the target has from the source now
+    agree: bool = False  # by their fingerprints: all rows of the source, as it was surveyed, are so in the target
+    differences: list[Difference] = field(default_factory=list)  # by subject
+    late: int = 0  # rows that came to the source meanwhile, and are for the next copy
     problems: list[str] = field(default_factory=list)  # what did not come out as it should
     remarks: list[str] = field(default_factory=list)
 
@@ -84,6 +90,7 @@ class _Survey:
     first: date | datetime | None
     last: date | datetime | None
     newest: Mapping[str, datetime | date]  # of each subject, as far as it is within the span
+    figures: Mapping[str, Any]  # which change with the rows
     digest: str
 
 
@@ -153,20 +160,12 @@ def copy(
 
 
 def _surveyed(source: Store, target: Store, dataset: str, span: Filter) -> _Survey:
-    import polars as pl
-
     held = source.schema(dataset)
     if held is None:
         raise StoreError(f"the table of {dataset} is gone from {source.name}")
     evolution.check(dataset, held)
     schema, table = _shapes(dataset, held, target.schema(dataset))
-    wanted = replace(span, system=True, columns=[held.time] if held.time else [])
-    rows = source.scan(dataset, wanted)
-    brought = pl.col(INGESTED_COLUMN).dt.epoch("us")
-    figures = [pl.len().alias("rows"), (brought % 4_294_967_291).sum().alias("sum"), brought.max().alias("newest")]
-    if held.time is not None:
-        figures += [pl.col(held.time).min().alias("first"), pl.col(held.time).max().alias("last")]
-    found = rows.select(figures).collect(engine="streaming").row(0, named=True)
+    found = _figures(source, dataset, held.time, span)
     if unkept := refusals(dataset, source.scan(dataset, span), schema, target.capabilities):
         raise SchemaError("; ".join(unkept))
     newest = source.watermarks(dataset) if held.time is not None else {}
@@ -174,7 +173,21 @@ def _surveyed(source: Store, target: Store, dataset: str, span: Filter) -> _Surv
         newest = {subject: at for subject, at in newest.items() if subject in set(span.subjects)}
     about = [dataset, source.marker(dataset), held.hash(), span, ROWS, found, sorted(newest.items())]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:24]
-    return _Survey(dataset, schema, table, span, found["rows"], found.get("first"), found.get("last"), newest, digest)
+    ends = found.get("first"), found.get("last")
+    return _Survey(dataset, schema, table, span, found["rows"], *ends, newest, found, digest)
+
+
+def _figures(source: Store, dataset: str, time: str | None, span: Filter) -> dict[str, Any]:
+    """Return numbers that are others when rows came, went or were changed."""
+    import polars as pl
+
+    wanted = replace(span, system=True, columns=[time] if time else [])
+    brought = pl.col(INGESTED_COLUMN).dt.epoch("us")
+    figures = [pl.len().alias("rows"), (brought % 4_294_967_291).sum().alias("sum")]
+    figures.append(pl.col(INGESTED_COLUMN).max().alias("newest"))
+    if time is not None:
+        figures += [pl.col(time).min().alias("first"), pl.col(time).max().alias("last")]
+    return source.scan(dataset, wanted).select(figures).collect(engine="streaming").row(0, named=True)
 
 
 def _shapes(dataset: str, held: Schema, there: Schema | None) -> tuple[Schema, Schema]:
@@ -289,9 +302,9 @@ def _copied(
     if survey.rows and reached < _DONE:  # the last chunks have no rows
         none = pl.DataFrame(schema=survey.schema.polars(system=True))
         store.write(Batch(dataset, survey.schema, lane, _DONE, none, Mode.UPSERT))
-    _verify(result, source, target, survey)
+    late = _verify(result, source, target, survey)
     if not result.problems and lease is not None:
-        result.covered = lease.end()
+        result.covered = lease.end(late)
     return result
 
 
@@ -311,39 +324,47 @@ def _lane(store: Store, survey: _Survey) -> tuple[str, int]:
     raise AssertionError("unreachable")
 
 
-def _verify(result: Copied, source: End, target: End, survey: _Survey) -> None:
-    """Compare what is in the target now with what was surveyed, and note what is not as it should be."""
-    result.there = _count(target.store, survey)
-    if not result.resumed and result.read != survey.rows:
-        result.problems.append(
-            f"{source.name} changed while it was copied: {survey.rows:,} rows were counted and {result.read:,} read; "
-            "run the same copy again"
-        )
-    if result.there < survey.rows:
-        result.problems.append(
-            f"{target.name} has {result.there:,} rows of what {source.name} had {survey.rows:,} of; "
-            "did something else delete rows there? Run the same copy again"
-        )
-    elif result.there > survey.rows:
-        others = result.there - survey.rows
-        result.remarks.append(f"{target.name} has {others:,} rows besides, which {source.name} has not")
-    if survey.schema.time is None:
-        return
-    now = target.store.watermarks(survey.dataset)
-    until = None if survey.span.until is None else instant(survey.span.until)
-    since = None if survey.span.since is None else instant(survey.span.since)
-    late = [
-        subject
-        for subject, at in survey.newest.items()
-        if (until is None or instant(at) < until)
-        and (since is None or instant(at) >= since)
-        and (subject not in now or now[subject] < at)
-    ]
-    if late:
-        result.problems.append(
-            f"the newest row of {len(late)} subjects is older in {target.name} than in {source.name} (such as "
-            f"{late[0]}: {now.get(late[0], 'none')}, and {survey.newest[late[0]]}); run the same copy again"
-        )
+def _verify(result: Copied, source: End, target: End, survey: _Survey) -> set[str | None]:
+    """Compare what is in both stores now, and note what is not as it should be; return the subjects that are not whole,
+    since rows of them came to the source meanwhile."""
+    known = survey.figures["newest"]
+    found = compare(source.store, target.store, survey.dataset, survey.schema, survey.span, known)
+    result.there, result.late = found.there, sum(found.late.values())
+    result.differences = sorted(found.differences.values(), key=lambda one: one.subject or "")
+    result.agree = not result.differences
+    wrong = bool(result.differences)
+    moved = found.rows != survey.rows or bool(found.late)
+    if wrong and not moved:  # rows may have been changed in place
+        moved = _figures(source.store, survey.dataset, survey.schema.time, survey.span) != survey.figures
+    if moved:
+        changed = f"{source.name} changed while it was copied ({survey.rows:,} rows before, {found.rows:,} after)"
+        left = f": {result.late:,} rows that came meanwhile are not there yet" if found.late else ""
+        remedy = "; run the same copy again" if found.late or wrong else ", and what it has now is there"
+        (result.problems if wrong else result.remarks).append(changed + left + remedy)
+    if wrong:
+        result.problems.append(_told(result.differences, source, target))
+    if found.besides:
+        result.remarks.append(f"{target.name} has {found.besides:,} rows besides, which {source.name} has not")
+    return set(found.late)
+
+
+def _told(differences: Sequence[Difference], source: End, target: End) -> str:
+    """Say what differs, and what to do."""
+    lines = []
+    for one in differences[:_TOLD]:
+        counts = ((one.missing, "missing"), (one.changed, "changed"), (one.unread, "in spans that differ"))
+        told = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+        if one.first is not None:
+            told += f", from {one.first} to {one.last}"
+        lines.append(f"{one.subject} ({told}{'; ' + one.example if one.example else ''})")
+    if len(differences) > _TOLD:
+        lines.append(f"{len(differences) - _TOLD:,} more")
+    rows = sum(one.missing + one.changed + one.unread for one in differences)
+    return (
+        f"{rows:,} rows of {len(differences):,} subjects are not in {target.name} as they are in {source.name}: "
+        f"{'; '.join(lines)}. Run the same copy again while nothing else writes to {target.name}; if it says this "
+        f"again, do not rely on {target.name}, which does not keep what it is given"
+    )
 
 
 # ---------------------------------------------------------------- coverage
@@ -406,9 +427,14 @@ class _Coverage:
             ledger.distrust(target.store_id, dataset)
         return begun
 
-    def end(self) -> int:
-        """Lay the source's coverage, as far as it was missing; return of how many subjects."""
-        pieces = {subject: inherited(self.theirs[subject], spans) for subject, spans in self.missing.items()}
+    def end(self, late: Collection[str | None]) -> int:
+        """Lay the source's coverage, as far as it was missing, of all subjects but the late ones: rows that came before
+        the coverage was read may be among those that are left. Return of how many subjects."""
+        pieces = {
+            subject: inherited(self.theirs[subject], spans)
+            for subject, spans in self.missing.items()
+            if subject not in late and not (late and subject == EVERYTHING)
+        }
         self.workspace.ledger.lay(self.target, self.dataset, self.request_hash, pieces)
         return len(pieces)
 
