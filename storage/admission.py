@@ -6,9 +6,10 @@ engine ever gets a chance to change a value silently. It repairs nothing but the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from marketsync.errors import RowsRefused, SchemaError
 from marketsync.schema import Column, ColumnType, Schema
@@ -17,7 +18,7 @@ from storage.evolution import required
 if TYPE_CHECKING:
     import polars as pl
 
-    from storage.protocol import Capabilities
+    from storage.protocol import Capabilities, Store
 
 _I64_MAX = 2**63 - 1
 _LEAST = {
@@ -35,15 +36,63 @@ _DAY = {  # what one day counts
 }
 _ALL_YEARS = (1, 9999)
 _YEARS = {ColumnType.DATETIME_NS: (1678, 2261)}  # the whole ones that 64 bits reach
+_SHOWN = 40  # characters of a value
 
 
-def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capabilities) -> pl.DataFrame:
+@dataclass(frozen=True)
+class Unkept:
+    """A kind of value that a store would not give back: the column, which rows have one there (the condition may be
+    null), what it is, the remedy."""
+
+    column: str
+    where: pl.Expr
+    what: str
+    remedy: str
+
+
+class Refuses(Protocol):
+    """A store that refuses more than its capabilities tell."""
+
+    def unkept(self, dataset: str, schema: Schema) -> Sequence[Unkept]:
+        """Return what else `write` would refuse in rows for a table of this schema; raises `SchemaError` where `ensure`
+        would refuse the schema. Nothing is made."""
+        ...
+
+
+def unkept_by(store: Store, dataset: str, schema: Schema) -> list[Unkept]:
+    """Return every kind of value that the store would refuse in rows for a table of this schema, before there is one;
+    raises `SchemaError` for a schema that the store would refuse."""
+    ask = getattr(store, "unkept", None)  # of a store that `Refuses`
+    return [*_unkept(schema, store.capabilities), *([] if ask is None else ask(dataset, schema))]
+
+
+def nulls(names: Iterable[str]) -> list[Unkept]:
+    """Return as a kind the nulls in columns that are to have none."""
+    import polars as pl
+
+    remedy = "fill them in, or declare the column nullable in the definition of the table"
+    return [Unkept(name, pl.col(name).is_null(), "null where the table has none", remedy) for name in names]
+
+
+def long_keys(schema: Schema, longest: int) -> list[Unkept]:
+    """Return as a kind the texts in the key that have more characters."""
+    import polars as pl
+
+    what = f"longer than the {longest} characters that its index takes"
+    remedy = "take the column out of the key, have the data corrected, or use another store"
+    texts = [name for name in schema.key if schema[name].type is ColumnType.STR]
+    return [Unkept(name, pl.col(name).str.len_chars() > longest, what, remedy) for name in texts]
+
+
+def admit(
+    dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capabilities, more: Sequence[Unkept] = ()
+) -> pl.DataFrame:
     """Return the frame with the schema's columns and the system columns, in order.
 
     Raises `SchemaError` that names the column and the count for: a missing or unknown column, another type, a null
     in a key or non-nullable column, a key that occurs twice, a time outside the years 1 to 9999 (1678 to 2261 in
-    nanoseconds); and `RowsRefused`, with the rows, for NaN in a key and for values that the engine's capabilities say
-    it would not give back.
+    nanoseconds); and `RowsRefused`, with the rows, for NaN in a key and for values that the engine's capabilities, or
+    `more`, say it would not give back.
     """
     types = schema.polars(system=True)
     _columns(dataset, frame, types)
@@ -52,8 +101,13 @@ def admit(dataset: str, frame: pl.DataFrame, schema: Schema, capabilities: Capab
         return frame
     _nulls(dataset, frame, schema)
     _years(dataset, frame, schema)
-    if unkept := refusals(dataset, frame.lazy(), schema, capabilities):
-        raise RowsRefused("; ".join(unkept), frame.filter(_any_unkept(schema, capabilities)))
+    kinds = [*_unkept(schema, capabilities), *more]
+    if told := refusals(dataset, frame.lazy(), schema, kinds):
+        import polars as pl
+
+        raise RowsRefused(
+            "; ".join(told), frame.filter(pl.any_horizontal(kind.where.fill_null(False) for kind in kinds))
+        )
     _keys(dataset, frame, schema)
     return frame
 
@@ -66,26 +120,31 @@ def without_signs(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.when(floats == 0).then(0.0).otherwise(floats).name.keep())  # polars leaves `+ 0.0` out
 
 
-def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, capabilities: Capabilities) -> list[str]:
-    """Return a sentence for each kind of value in the rows that a store of these capabilities would not give back:
-    which column, how many, the remedy. Reads only columns that may have one, once."""
-    kinds = [(column, *kind) for column in schema.columns for kind in _unkept(column, schema, capabilities)]
+def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, kinds: Sequence[Unkept]) -> list[str]:
+    """Return a sentence for each kind that the rows have: which column, how many values, the first of them, the remedy.
+    Reads only columns that may have one, once, and what is wrong once more."""
     if not kinds:
         return []
-    counted = rows.select(where.sum().alias(str(number)) for number, (_, where, _, _) in enumerate(kinds))
+    counted = rows.select(kind.where.sum().alias(str(number)) for number, kind in enumerate(kinds))
     counts = counted.collect(engine="streaming").row(0)
     return [
-        f"column {column.name!r} of {dataset} has {count} values that this store cannot keep ({what}); {remedy}"
-        for count, (column, _, what, remedy) in zip(counts, kinds, strict=True)
+        f"column {kind.column!r} of {dataset} has {count} values that this store cannot keep ({kind.what}; the first: "
+        f"{_first(rows, schema, kind)}); {kind.remedy}"
+        for count, kind in zip(counts, kinds, strict=True)
         if count
     ]
 
 
-def _any_unkept(schema: Schema, capabilities: Capabilities) -> pl.Expr:
-    import polars as pl
+def _first(rows: pl.LazyFrame, schema: Schema, kind: Unkept) -> str:
+    names = list(dict.fromkeys([*schema.key, kind.column]))
+    found = rows.filter(kind.where).select(names).head(1).collect(engine="streaming")
+    return ", ".join(f"{name} {shown(value)}" for name, value in found.row(0, named=True).items())
 
-    wrong = [where for column in schema.columns for where, _, _ in _unkept(column, schema, capabilities)]
-    return pl.any_horizontal(where.fill_null(False) for where in wrong)
+
+def shown(value: Any) -> str:
+    """Return a value as a message has room for it."""
+    text = str(value) if isinstance(value, date) else repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _columns(dataset: str, frame: pl.DataFrame, types: dict[str, pl.DataType]) -> None:
@@ -130,9 +189,13 @@ def _years(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
             )
 
 
-def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tuple[pl.Expr, str, str]]:
-    """Yield, for each kind of value that a store of these capabilities would not give back: which rows of the column
-    have one, what it is, and the remedy."""
+def _unkept(schema: Schema, able: Capabilities) -> list[Unkept]:
+    """Return the kinds of values that a store of these capabilities would not give back."""
+    kinds = [Unkept(column.name, *kind) for column in schema.columns for kind in _of_column(column, schema, able)]
+    return kinds if able.longest_key is None else [*kinds, *long_keys(schema, able.longest_key)]
+
+
+def _of_column(column: Column, schema: Schema, able: Capabilities) -> Iterator[tuple[pl.Expr, str, str]]:
     import polars as pl
 
     value = pl.col(column.name)
@@ -172,10 +235,6 @@ def _unkept(column: Column, schema: Schema, able: Capabilities) -> Iterator[tupl
     if column.type is ColumnType.STR and able.longest_text is not None and column.name != schema.subject:
         wider = value.str.len_chars() > able.longest_text
         yield wider, f"longer than {able.longest_text} characters", "leave the column out, or use another store"
-    if column.type is ColumnType.STR and able.longest_key is not None and column.name in schema.key:
-        longer = value.str.len_chars() > able.longest_key
-        what = f"longer than the {able.longest_key} characters that its index takes"
-        yield longer, what, "take the column out of the key, have the data corrected, or use another store"
 
 
 def _keys(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:

@@ -191,6 +191,10 @@ class ClickHouseStore:
         found = self._described(dataset)
         return None if found is None else found[1]
 
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        self._refuse_own_names(dataset, schema)
+        return []
+
     # writing
 
     def committed(self, dataset: str, lane: str) -> int:

@@ -143,6 +143,10 @@ class DolphinStore:
             found = self._described(dataset)
         return None if found is None else found.schema
 
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        rows.check(dataset, schema)
+        return rows.unkept(schema)
+
     # writing
 
     def committed(self, dataset: str, lane: str) -> int:
@@ -420,7 +424,8 @@ class DolphinStore:
         text = evolution.to_text(schema)
         shape = hashlib.sha256(text.encode()).hexdigest()
         frame = pl.DataFrame({"marker": [marker], "shape": [shape], "dataset": [dataset], "text": [text]})
-        rows.refuse_long(dataset, frame)
+        if told := admission.refusals(dataset, frame.lazy(), _SCHEMAS, rows.unkept(_SCHEMAS)):
+            raise SchemaError("; ".join(told))
         self._append(_Table(self._own, "schemas", "", _SCHEMAS), frame)
         return {"marketsync": marker, "schema": shape}
 
@@ -453,9 +458,7 @@ class DolphinStore:
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
     ) -> tuple[pl.DataFrame, list[str]]:
-        frame = admission.admit(dataset, frame, sent, self.capabilities)
-        rows.refuse_long(dataset, frame)
-        rows.refuse_far(dataset, frame, sent)
+        frame = admission.admit(dataset, frame, sent, self.capabilities, rows.unkept(sent))
         return evolution.fit(dataset, admission.without_signs(frame), sent, stored)
 
     def _columns(self, table: _Table) -> list[str]:

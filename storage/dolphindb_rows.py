@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import RowsRefused, SchemaError
+from marketsync.errors import SchemaError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
 from storage import evolution, filters
+from storage.admission import Unkept
 from storage.protocol import Filter
 
 if TYPE_CHECKING:
@@ -129,35 +130,24 @@ def _sorted(schema: Schema) -> list[str]:
 # values on their way in
 
 
-def refuse_long(dataset: str, frame: pl.DataFrame) -> None:
-    """Raise `RowsRefused` for texts that the engine would cut."""
+def unkept(schema: Schema) -> list[Unkept]:
+    """Return what the engine would cut or lose: texts beyond its bytes, times that 64 bits of nanoseconds do not reach,
+    and days that no partition has."""
     import polars as pl
 
-    for name in frame.select(pl.col(pl.String)).columns:
-        longer = frame.filter(pl.col(name).str.len_bytes() > _LONGEST_TEXT)
-        if longer.height:
-            raise RowsRefused(
-                f"column {name!r} of a frame for {dataset} has {longer.height} texts of more than {_LONGEST_TEXT} "
-                "bytes, which DolphinDB would cut; have them shortened, or use another store",
-                longer,
-            )
-
-
-def refuse_far(dataset: str, frame: pl.DataFrame, schema: Schema) -> None:
-    """Raise `RowsRefused` for times that 64 bits of nanoseconds do not reach, and days that no partition has."""
-    import polars as pl
-
+    kinds: list[Unkept] = []
     for column in schema.columns:
+        value = pl.col(column.name)
+        if column.type is ColumnType.STR:
+            what = f"longer than {_LONGEST_TEXT} bytes, to which DolphinDB would cut them"
+            remedy = "have them shortened, or use another store"
+            kinds.append(Unkept(column.name, value.str.len_bytes() > _LONGEST_TEXT, what, remedy))
         day = column.type is ColumnType.DATE and column.name in (*schema.key, schema.time)
-        if column.type not in _INSTANTS and not day:
-            continue
-        far = frame.filter(~pl.col(column.name).cast(pl.Date).is_between(_FIRST, _LAST))
-        if far.height:
-            raise RowsRefused(
-                f"column {column.name!r} of a frame for {dataset} has {far.height} times that DolphinDB cannot keep "
-                f"(before {_FIRST} or after {_LAST}); declare the column str or i64, or use another store",
-                far,
-            )
+        if column.type in _INSTANTS or day:
+            far = ~value.cast(pl.Date).is_between(_FIRST, _LAST)
+            remedy = "declare the column str or i64, or use another store"
+            kinds.append(Unkept(column.name, far, f"before {_FIRST} or after {_LAST}", remedy))
+    return kinds
 
 
 def encoded(frame: pl.DataFrame, order: Sequence[str]) -> pd.DataFrame:

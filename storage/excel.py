@@ -114,6 +114,9 @@ class ExcelStore:
         state = self._open(dataset)
         return None if state is None else state.schema
 
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        return workbook.unkept(schema)
+
     # writing
 
     def committed(self, dataset: str, lane: str) -> int:
@@ -129,8 +132,8 @@ class ExcelStore:
             if state.lanes.get(batch.lane, 0) >= batch.seq:
                 return state, None, Written(already=True)
             after = replace(state, lanes={**state.lanes, batch.lane: batch.seq})
-            frame = admission.admit(dataset, batch.frame, batch.schema, self.capabilities)
-            workbook.refuse_rows(dataset, frame)
+            unkept = workbook.unkept(batch.schema)
+            frame = admission.admit(dataset, batch.frame, batch.schema, self.capabilities, unkept)
             frame, absent = evolution.fit(dataset, frame, batch.schema, state.schema)
             if frame.is_empty():
                 return after, None, Written()
@@ -145,8 +148,7 @@ class ExcelStore:
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
         def decide(state: _State) -> tuple[_State, pl.DataFrame | None, Written]:
-            put = admission.admit(dataset, frame, schema, self.capabilities)
-            workbook.refuse_rows(dataset, put)
+            put = admission.admit(dataset, frame, schema, self.capabilities, workbook.unkept(schema))
             put, absent = evolution.fit(dataset, put, schema, state.schema)
             filters.refuse_outside(dataset, put, span, state.schema)
             rows = self._rows(dataset, state)

@@ -109,12 +109,7 @@ class MarketStore:
             table = self._described(dataset) or self._create(dataset, schema)
             self._recover(table)
             if table.schema != schema:
-                if new := evolution.added(dataset, table.schema, schema):
-                    raise SchemaConflict(
-                        f"the table of {dataset} in {self.url} cannot follow its definition: the column "
-                        f"{new[0].name!r} is new, and the columns of MarketStore's buckets are fixed; give the new "
-                        "shape a dataset name of its own, or remove its buckets and let them be filled again"
-                    )
+                self._refuse_new(table, schema)
                 table.notes.append({"schema": evolution.to_text(schema)})
             return table.marker
 
@@ -125,6 +120,16 @@ class MarketStore:
     def schema(self, dataset: str) -> Schema | None:
         table = self._described(dataset)
         return None if table is None else table.schema
+
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        table = self._described(dataset)
+        if table is not None:
+            self._refuse_new(table, schema)
+            return rows_of.unkept(table.layout)
+        shape = rows_of.layout(dataset, schema, self._timeframe)
+        _, timezone = Notes(self._client, self._prefix + dataset).texts()
+        rows_of.refuse_zone(dataset, shape, timezone or "UTC")
+        return rows_of.unkept(shape)
 
     # writing
 
@@ -268,6 +273,14 @@ class MarketStore:
             raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
         return table
 
+    def _refuse_new(self, table: _Table, schema: Schema) -> None:
+        if new := evolution.added(table.dataset, table.schema, schema):
+            raise SchemaConflict(
+                f"the table of {table.dataset} in {self.url} cannot follow its definition: the column {new[0].name!r} "
+                "is new, and the columns of MarketStore's buckets are fixed; give the new shape a dataset name of its "
+                "own, or remove its buckets and let them be filled again"
+            )
+
     def _create(self, dataset: str, schema: Schema) -> _Table:
         shape = rows_of.layout(dataset, schema, self._timeframe)
         timeframe = TICK if shape.ticks else shape.timeframe
@@ -295,9 +308,8 @@ class MarketStore:
     # how it is done: writing
 
     def _admitted(self, table: _Table, frame: pl.DataFrame, sent: Schema) -> pl.DataFrame:
-        frame = admission.admit(table.dataset, frame, sent, self.capabilities)
+        frame = admission.admit(table.dataset, frame, sent, self.capabilities, rows_of.unkept(table.layout))
         frame, _ = evolution.fit(table.dataset, frame, sent, table.schema)
-        rows_of.refuse_rows(table.dataset, frame, table.layout)
         return frame
 
     def _put(self, table: _Table, frame: pl.DataFrame, mode: Mode) -> Written:

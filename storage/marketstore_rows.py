@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from marketsync.errors import CapabilityError, RowsRefused, SchemaConflict
+from marketsync.errors import CapabilityError, SchemaConflict
 from marketsync.schema import INGESTED_COLUMN, Column, ColumnType, Schema
+from storage.admission import Unkept
 from storage.marketstore_rpc import EPOCH, NANOSECONDS, Columns
 
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+
+Times = TypeVar("Times", "pl.Series", "pl.Expr")
 
 TICK = "tick"
 SECONDS = {
@@ -156,41 +159,27 @@ def refuse_zone(dataset: str, shape: Layout, timezone: str) -> None:
             raise CapabilityError(f"{dataset}: {whose} {shape.timeframe} buckets begin at other instants; {remedy}")
 
 
-def refuse_rows(dataset: str, frame: pl.DataFrame, shape: Layout) -> None:
-    """Raise `RowsRefused` that names column, count and remedy for rows that the engine would lose, move or cut."""
+def unkept(shape: Layout) -> list[Unkept]:
+    """Return the kinds of times that the engine would lose, move or cut."""
     import polars as pl
 
-    def refuse(wrong: pl.Series, what: str, remedy: str) -> None:
-        if count := int(wrong.sum()):
-            rows = frame.filter(wrong)
-            raise RowsRefused(
-                f"column {time!r} of a frame for {dataset} has {count} values that MarketStore cannot keep ({what}; "
-                f"the first: {rows[time][0]}); {remedy}",
-                rows,
-            )
-
     time = shape.schema.time or ""
-    seconds, nanos = _instants(frame, shape)
+    seconds, nanos = _instants(pl.col(time), shape)
     other = "use another store for these rows"
-    refuse(seconds >= _LAST_SECOND, "after 2261", other)
+    kinds = [Unkept(time, seconds >= _LAST_SECOND, "after 2261", other)]
     if shape.ticks:
-        late = nanos >= _LAST_STORED_NANOSECOND
-        refuse(late, "in the last 5 ns of a second, so they would come back a second later", other)
+        late = "in the last 5 ns of a second, so they would come back a second later"
+        kinds.append(Unkept(time, nanos >= _LAST_STORED_NANOSECOND, late, other))
     else:
-        unaligned = (seconds % shape.seconds != 0) | (nanos != 0)
-        refuse(
-            unaligned,
-            f"not at the beginning of a bucket of {shape.timeframe}, to which they would be moved",
-            "make the table anew in a store whose URL has a shorter ?timeframe=, or ?timeframe=tick",
-        )
+        moved = f"not at the beginning of a bucket of {shape.timeframe}, to which they would be moved"
+        remedy = "make the table anew in a store whose URL has a shorter ?timeframe=, or ?timeframe=tick"
+        kinds.append(Unkept(time, (seconds % shape.seconds != 0) | (nanos != 0), moved, remedy))
     if shape.timeframe == "1D":
-        day = frame[time].cast(pl.Date)
+        day = pl.col(time).cast(pl.Date)
         first = (day.dt.month() == 1) & (day.dt.day() == 1)
-        refuse(
-            first,
-            "a daily bar on 1 January, which the engine loses",
-            "make the table anew in a store whose URL has ?timeframe=1H",
-        )
+        remedy = "make the table anew in a store whose URL has ?timeframe=1H"
+        kinds.append(Unkept(time, first, "a daily bar on 1 January, which the engine loses", remedy))
+    return kinds
 
 
 def encode(frame: pl.DataFrame, shape: Layout, lanes: Mapping[str, tuple[int, int]]) -> Columns:
@@ -198,7 +187,7 @@ def encode(frame: pl.DataFrame, shape: Layout, lanes: Mapping[str, tuple[int, in
     import numpy as np
     import polars as pl
 
-    seconds, nanos = _instants(frame, shape)
+    seconds, nanos = _instants(frame[shape.schema.time or ""], shape)
     columns: Columns = {EPOCH: seconds.to_numpy().astype("<i8")}
     masks = {name: np.zeros(frame.height, "<i8") for name in shape.types if name.startswith(_NULLS)}
     for place, column in enumerate(shape.values):
@@ -255,15 +244,15 @@ def _mask(place: int) -> str:
     return f"{_NULLS}{place // _NULLS_BITS or ''}"
 
 
-def _instants(frame: pl.DataFrame, shape: Layout) -> tuple[pl.Series, pl.Series]:
-    """Return the seconds since 1970 and the nanoseconds beside them of each row's time."""
+def _instants(times: Times, shape: Layout) -> tuple[Times, Times]:
+    """Return the seconds since 1970 and the nanoseconds beside them of each time."""
     import polars as pl
 
-    time = shape.schema.time or ""
-    counted = frame[time].to_physical().cast(pl.Int64)
-    if shape.schema[time].type is ColumnType.DATE:
+    type_ = shape.schema[shape.schema.time or ""].type
+    counted = times.to_physical().cast(pl.Int64)
+    if type_ is ColumnType.DATE:
         return counted * 86400, counted * 0
-    unit = _PER_SECOND[shape.schema[time].type]
+    unit = _PER_SECOND[type_]
     seconds = counted // unit
     return seconds, (counted - seconds * unit) * (1_000_000_000 // unit)
 

@@ -143,6 +143,10 @@ class MongoStore:
             table = self._described(dataset)
         return None if table is None else table.schema
 
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        documents.check(dataset, schema)
+        return []
+
     # writing
 
     def committed(self, dataset: str, lane: str) -> int:

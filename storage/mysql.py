@@ -26,7 +26,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -182,6 +181,11 @@ class MySQLStore:
     def schema(self, dataset: str) -> Schema | None:
         found = self._done(f"looking for {dataset}", lambda cursor: self._described(cursor, dataset))
         return None if found is None else found[1]
+
+    def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
+        _refuse_names(dataset, schema)
+        longest = longest_key(dataset, schema)
+        return admission.long_keys(schema, longest) if longest < _LONGEST_KEY else []
 
     # writing
 
@@ -699,8 +703,8 @@ class MySQLStore:
         """Return the rows in the form in which they are sent, and the columns that the batch knows."""
         import polars as pl
 
-        able = replace(self.capabilities, longest_key=longest_key(dataset, stored))
-        frame, absent = evolution.fit(dataset, admission.admit(dataset, frame, sent, able), sent, stored)
+        admitted = admission.admit(dataset, frame, sent, self.capabilities, self.unkept(dataset, stored))
+        frame, absent = evolution.fit(dataset, admitted, sent, stored)
         known = [column for column in stored.columns if column.name not in absent]
         casts = []
         for column in known:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marketsync.errors import RowsRefused, SchemaError, StoreError
-from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN
+from marketsync.errors import SchemaError, StoreError
+from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Schema
+from storage.admission import Unkept
 
 if TYPE_CHECKING:
     import polars as pl
@@ -218,29 +219,40 @@ def _literal(value: str) -> str:
     return text
 
 
-def refuse_rows(dataset: str, frame: pl.DataFrame) -> None:
-    """Raise `RowsRefused` for rows with a text that no cell holds in the way that it has to be written."""
+def unkept(schema: Schema) -> list[Unkept]:
+    """Return the kinds of texts that no cell holds in the way that they have to be written."""
     import polars as pl
 
-    for name in frame.select(pl.col(pl.String)).columns:
-        near = frame.filter(pl.col(name).str.len_chars() > LONGEST_TEXT // _WIDEST)
-        wrong = near.filter(pl.Series([bool(_no_cell(text)) for text in near[name]], dtype=pl.Boolean()))
-        if wrong.height:
-            raise RowsRefused(
-                f"column {name!r} of a frame for {dataset} has {wrong.height} texts that no cell of a workbook holds: "
-                f"{_no_cell(wrong[name][0])}",
-                wrong,
-            )
+    what = f"longer than the {LONGEST_TEXT} characters that a cell of a workbook takes, in the way that it is written"
+    remedy = "have the provider's data corrected, or use another store"
+    return [
+        Unkept(
+            column.name,
+            pl.col(column.name).map_batches(_no_cells, return_dtype=pl.Boolean(), is_elementwise=True),
+            what,
+            remedy,
+        )
+        for column in schema.columns
+        if column.type is ColumnType.STR
+    ]
 
 
-def _no_cell(text: str) -> str:
+def _no_cells(values: pl.Series) -> pl.Series:
+    import polars as pl
+
+    wrong = pl.repeat(False, len(values), dtype=pl.Boolean(), eager=True)
+    near = (values.str.len_chars() > LONGEST_TEXT // _WIDEST).arg_true()
+    return wrong.scatter(near.filter(pl.Series([_no_cell(values[row]) for row in near], dtype=pl.Boolean())), True)
+
+
+def _no_cell(text: str) -> bool:
     import polars as pl
 
     try:
         _cells(pl.Series("text", [text]))
-    except SchemaError as error:
-        return str(error)
-    return ""
+    except SchemaError:
+        return True
+    return False
 
 
 def _refuse_long(values: pl.Series) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from marketsync.planning import instant
 from marketsync.schema import INGESTED_COLUMN, Period, Schema
 from storage import fingerprints
+from storage.admission import shown
 from storage.fingerprints import Plan, Recipe
 from storage.lazyframes import EVERY_SUBJECT
 from storage.protocol import Filter, Store
@@ -32,7 +33,6 @@ _GROUP_ROWS = 2_000_000  # of the subjects whose segments are asked for at a tim
 _GROUP = 500  # subjects, of these
 _WITHIN = {Period.YEAR: "", Period.MONTH: "1y", Period.DAY: "1mo"}  # what each is a part of
 _PRIME = 1_000_003  # by the remainders rows are told apart that are too many for one read
-_SHOWN = 40  # characters of a value
 
 Subject = str | None
 Time = date | datetime
@@ -298,19 +298,14 @@ def _note(seen: Comparison, sides: _Sides, pairs: pl.DataFrame, known: datetime 
 def _example(sides: _Sides, pair: dict[str, Any]) -> str:
     """Say of one row where it is and what of it differs."""
     named = list(enumerate(sides.schema.key))
-    place = ", ".join(f"{name} {_shown(pair[f'k{at}'])}" for at, name in named if name != sides.schema.subject)
-    place = place or ", ".join(f"{name} {_shown(pair[f'k{at}'])}" for at, name in named)
+    place = ", ".join(f"{name} {shown(pair[f'k{at}'])}" for at, name in named if name != sides.schema.subject)
+    place = place or ", ".join(f"{name} {shown(pair[f'k{at}'])}" for at, name in named)
     if pair["missing"]:
         return f"{place}: not there"
     for at, column in enumerate(sides.plan.columns):
         if pair[f"v{at}"] != pair[f"v{at} there"]:
-            return f"{place}: {column.name} is {_shown(pair[f'r{at} there'])} there, and {_shown(pair[f'r{at}'])} here"
+            return f"{place}: {column.name} is {shown(pair[f'r{at} there'])} there, and {shown(pair[f'r{at}'])} here"
     raise AssertionError("unreachable")
-
-
-def _shown(value: Any) -> str:
-    text = str(value) if isinstance(value, date) else repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _leave(seen: Comparison, read: _Read) -> None:

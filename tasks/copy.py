@@ -25,8 +25,7 @@ from marketsync.definition import Dataset, request_hash
 from marketsync.errors import ConfigurationError, SchemaError, StoreError
 from marketsync.planning import EVERYTHING, instant
 from marketsync.schema import INGESTED_COLUMN, Period, Schema
-from storage import evolution
-from storage.admission import refusals
+from storage import admission, evolution
 from storage.protocol import Batch, Filter, Mode, Store, Written
 from tasks.compare import Difference, compare
 from tasks.deliver import answered, begun_copies, frames, inherited
@@ -166,8 +165,10 @@ def _surveyed(source: Store, target: Store, dataset: str, span: Filter) -> _Surv
     evolution.check(dataset, held)
     schema, table = _shapes(dataset, held, target.schema(dataset))
     found = _figures(source, dataset, held.time, span)
-    if unkept := refusals(dataset, source.scan(dataset, span), schema, target.capabilities):
-        raise SchemaError("; ".join(unkept))
+    must = [name for name in evolution.required(schema) if name not in evolution.required(held)]
+    kinds = [kind for kind in admission.unkept_by(target, dataset, table) if kind.column in schema]
+    if told := admission.refusals(dataset, source.scan(dataset, span), schema, [*admission.nulls(must), *kinds]):
+        raise SchemaError("; ".join(told))
     newest = source.watermarks(dataset) if held.time is not None else {}
     if held.subject is not None and span.subjects is not None:
         newest = {subject: at for subject, at in newest.items() if subject in set(span.subjects)}
@@ -355,7 +356,7 @@ def _told(differences: Sequence[Difference], source: End, target: End) -> str:
         counts = ((one.missing, "missing"), (one.changed, "changed"), (one.unread, "in spans that differ"))
         told = ", ".join(f"{count:,} {what}" for count, what in counts if count)
         if one.first is not None:
-            told += f", from {one.first} to {one.last}"
+            told += f", at {one.first}" if one.first == one.last else f", from {one.first} to {one.last}"
         lines.append(f"{one.subject} ({told}{'; ' + one.example if one.example else ''})")
     if len(differences) > _TOLD:
         lines.append(f"{len(differences) - _TOLD:,} more")

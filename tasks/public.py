@@ -208,7 +208,9 @@ def copy(
     """Copy rows between two stores, each named as in upstream.yml or by a URL; return what was done for each dataset.
 
     `until` is included where it is a day. Rows of the target are inserted and updated, never deleted; a copy that was
-    broken off goes on when it is made again. `told` hears how far a dataset is after each write.
+    broken off goes on when it is made again. At the end both stores are compared by fingerprints: where `agree` is
+    false, `differences` and `problems` say what is not there as it is in the source. `told` hears how far a dataset is
+    after each write.
 
     Raises SchemaError, before anything is moved, with what the target cannot keep; ConfigurationError for stores,
     datasets and symbols that there are not; StoreError when a store fails.

@@ -3,6 +3,7 @@ and the ledger believes of the target what it knew of the source and no more. Re
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -17,14 +18,19 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 from synced_place import Place
+from typer.testing import CliRunner, Result
 
 import storage.lazyframes
+import storage.parquet
+import tasks.compare
 import tasks.copy
+from cli.main import build
 from marketsync import copy
 from marketsync.errors import ConfigurationError, SchemaError, StoreError
-from marketsync.schema import Period, Schema
+from marketsync.schema import SYSTEM_COLUMNS, Column, ColumnType, Period, Schema
 from storage.protocol import Filter
 from storage.registry import open_store
+from tasks.copy import Copied
 from tests.storage.stored_frames import BARS, INSTRUMENTS, START, WIDE, bars, batch, differences, hostile, stamped
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +76,9 @@ def small(monkeypatch):
 
 
 def target_of(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    return f"{kind}://{tmp_path}/target" if kind in ("csv", "delta", "parquet") else request.getfixturevalue(kind)
+    return (
+        f"{kind}://{tmp_path}/target" if kind in ("csv", "delta", "excel", "parquet") else request.getfixturevalue(kind)
+    )
 
 
 @pytest.mark.parametrize("kind", ["postgres", pytest.param("clickhouse", marks=pytest.mark.slow)])
@@ -245,6 +253,235 @@ def test_tables_without_times_are_copied_too(tmp_path: Path):
     assert_frame_equal(rows_of(f"delta://{tmp_path}/target", "made.codes"), rows_of(home, "made.codes"))
 
 
+# ---------------------------------------------------------------- what is proven
+
+
+def meddle(url: str, frame: pl.DataFrame | None = None, span: Filter | None = None) -> Callable[[Copied], None]:
+    """Return what writes a frame to a store, or removes a span from it, once all rows have been copied."""
+
+    def meddled(one: Copied) -> None:
+        if one.read == one.rows:
+            with closing(open_store(url)) as store:
+                if span is not None:
+                    store.delete("made.bars", span)
+                if frame is not None:
+                    store.write(batch("made.bars", frame, 9, lane="somebody"))
+
+    return meddled
+
+
+def test_one_value_that_is_another_in_the_target_is_named_and_the_next_copy_puts_it_right(source: str, postgres: str):
+    changed = bars(("B",), first=700, rows=1, add=0.01)
+    (done,) = copy(source, postgres, told=meddle(postgres, changed))
+    assert (done.agree, done.rows, done.there) == (False, 6_000, 6_000)
+    (found,) = done.differences
+    at = changed["ts"][0]
+    assert (found.subject, found.changed, found.missing, found.first, found.last) == ("B", 1, 0, at, at)
+    assert found.example == f"ts {at}: close is 70.01 there, and 170.0 here"
+    with closing(open_store(postgres)) as store:
+        url = store.url
+    assert done.problems == [
+        f"1 rows of 1 subjects are not in {url} as they are in {source}: B (1 changed, at {at}; {found.example}). Run "
+        f"the same copy again while nothing else writes to {url}; if it says this again, do not rely on {url}, which "
+        "does not keep what it is given"
+    ]
+    (again,) = copy(source, postgres)
+    assert (again.agree, again.updated, again.problems, again.differences) == (True, 1, [], [])
+
+
+def test_a_lost_row_is_found_though_another_one_keeps_the_count_and_the_newest_times_agree(source: str, tmp_path: Path):
+    target = f"parquet://{tmp_path}/target"
+    lost = START + timedelta(hours=500)
+    more = bars(("Z",), rows=1)
+    (done,) = copy(source, target, told=meddle(target, more, Filter(["C"], lost, lost + timedelta(hours=1))))
+    assert (done.rows, done.there, done.agree) == (6_000, 6_000, False)
+    (found,) = done.differences
+    assert (found.subject, found.missing, found.first, found.last) == ("C", 1, lost, lost)
+    assert done.remarks == [f"{target} has 1 rows besides, which {source} has not"]
+
+
+def test_where_little_differs_in_much_only_that_is_read_and_rows_besides_are_no_alarm(
+    source: str, tmp_path: Path, monkeypatch
+):
+    target = filled(f"delta://{tmp_path}/target", bars(("A", "Q"), first=2_000, rows=300))
+    monkeypatch.setattr(tasks.compare, "FEW", 30)
+    reads: list[tuple[list[str], int]] = []
+    pairs = tasks.compare._pairs
+
+    def noted(sides, read):
+        reads.append((sorted(read.subjects), read.most))
+        return pairs(sides, read)
+
+    monkeypatch.setattr(tasks.compare, "_pairs", noted)
+    (done,) = copy(source, target)
+    assert (done.agree, done.problems) == (True, [])
+    assert done.remarks == [f"{target} has 600 rows besides, which {source} has not"]
+    # the last day of A, where the rows of both meet
+    assert reads == [(["A"], 24)]
+    reads.clear()
+    (done,) = copy(source, target, told=meddle(target, bars(("C",), first=100, rows=1, add=1.0)))
+    assert [(one.subject, one.changed) for one in done.differences] == [("C", 1)]
+    assert sorted(reads) == [(["A"], 24), (["C"], 24)]
+
+
+def test_of_much_that_differs_the_first_rows_are_told_and_of_the_rest_the_spans(
+    source: str, tmp_path: Path, monkeypatch
+):
+    target = f"delta://{tmp_path}/target"
+    monkeypatch.setattr(tasks.compare, "FEW", 30)
+    monkeypatch.setattr(tasks.compare, "ROWS", 20)
+    monkeypatch.setattr(tasks.compare, "ENOUGH", 40)
+    (done,) = copy(source, target, told=meddle(target, bars(("B",), rows=2_000, add=1.0)))
+    (found,) = done.differences
+    assert (found.subject, found.missing, found.changed + found.unread) == ("B", 0, 2_000)
+    assert 40 <= found.changed < 100
+    assert found.first == START
+    assert done.remarks == []
+
+
+@pytest.mark.parametrize("subject", ["code", None])
+def test_a_table_without_times_is_compared_by_its_rows(tmp_path: Path, monkeypatch, subject: str | None):
+    monkeypatch.setattr(tasks.compare, "ROWS", 30)
+    monkeypatch.setattr(tasks.compare, "FEW", 10)
+    schema = replace(INSTRUMENTS, subject=subject)
+    codes = [f"c{number:03d}" for number in range(100)]
+    rows = pl.DataFrame({"code": codes, "name": None, "lot": range(100)}, schema=INSTRUMENTS.polars())
+    home = filled(f"csv://{tmp_path}/home", stamped(rows), "made.bars", schema)
+    target = f"parquet://{tmp_path}/target"
+    copy(home, target)
+    with closing(open_store(target)) as store:
+        other = stamped(rows[41:42].with_columns(name=pl.lit("x")))
+        store.write(batch("made.bars", other, 7, schema=schema))
+        seen = tasks.compare.compare(open_store(home), store, "made.bars", schema, Filter(), datetime.now(UTC))
+    (found,) = seen.differences.values()
+    assert (found.changed, found.missing, found.example) == (1, 0, "code 'c041': name is 'x' there, and None here")
+
+
+def test_rows_that_come_to_the_source_meanwhile_are_told_and_are_no_difference(source: str, tmp_path: Path):
+    target = f"parquet://{tmp_path}/target"
+    now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
+    late = pl.concat([bars(("A",), first=2_000, rows=3), bars(("B",), rows=1, add=1.0)]).with_columns(now)
+    (done,) = copy(source, target, told=meddle(source, late))
+    assert (done.agree, done.late, done.differences, done.problems) == (True, 4, [], [])
+    assert done.remarks == [
+        f"{source} changed while it was copied (6,000 rows before, 6,003 after): 4 rows that came meanwhile are not "
+        "there yet; run the same copy again"
+    ]
+    (again,) = copy(source, target)
+    assert (again.inserted, again.updated, again.late, again.remarks) == (3, 1, 0, [])
+    assert_frame_equal(rows_of(target), rows_of(source))
+
+
+def test_a_source_that_was_changed_with_old_stamps_is_named_as_the_reason(source: str, tmp_path: Path):
+    target = f"parquet://{tmp_path}/target"
+    old = pl.lit(datetime(2020, 1, 1, tzinfo=UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
+    (done,) = copy(source, target, told=meddle(source, bars(("B",), rows=1, add=1.0).with_columns(old)))
+    assert (done.agree, [one.changed for one in done.differences]) == (False, [1])
+    assert done.problems[0] == (
+        f"{source} changed while it was copied (6,000 rows before, 6,000 after); run the same copy again"
+    )
+
+
+def test_the_command_says_that_fingerprints_agree_and_what_does_not(source: str, tmp_path: Path, monkeypatch):
+    target = f"parquet://{tmp_path}/target"
+
+    def run(*more: str) -> Result:
+        return CliRunner().invoke(build(), ["copy", "--from", source, "--to", target, *more])
+
+    done = run()
+    assert (done.exit_code, done.stdout) == (
+        0,
+        "made.bars: 6,000 rows read: 6,000 inserted, 0 updated, 0 unchanged; fingerprints agree (6,000 rows)\n",
+    )
+    write = storage.parquet.ParquetStore.write
+
+    def losing(store, one):
+        return write(store, replace(one, frame=one.frame.filter(pl.col("symbol") != "B")))
+
+    monkeypatch.setattr(storage.parquet.ParquetStore, "write", losing)
+    with closing(open_store(target)) as store:
+        store.delete("made.bars", Filter(["B"]))
+    failed = run()
+    assert failed.exit_code == 1
+    assert "agree" not in failed.stdout
+    assert "B (1,000 missing, " in failed.stdout or "B (2,000 missing, " in failed.stdout
+    told = json.loads(run("--json").stdout)["datasets"][0]
+    assert (told["agree"], [one["subject"] for one in told["differences"]]) == (False, ["B"])
+
+
+# ---------------------------------------------------------------- what cannot be kept, told beforehand
+
+
+DAILY_BARS = replace(BARS, columns=(BARS.columns[0], replace(BARS.columns[1], type=ColumnType.DATE), *BARS.columns[2:]))
+NOTES = replace(BARS, columns=(*BARS.columns, Column("note", ColumnType.STR)))
+
+
+def noted(text: str) -> pl.DataFrame:
+    return bars(("A",), rows=3).with_columns(note=pl.Series(["fine", text, None])).select(*NOTES.names, *SYSTEM_COLUMNS)
+
+
+def days(*on: date) -> pl.DataFrame:
+    rows = {"symbol": ["A"] * len(on), "ts": on, "close": 1.0, "volume": 1}
+    return stamped(pl.DataFrame(rows, schema=DAILY_BARS.polars()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema", "frame", "says"),
+    [
+        (
+            "marketstore",
+            BARS,
+            bars(("A", "B/C"), rows=2),
+            r"'symbol' .* has 2 values .*the first: symbol 'B/C', ts 2001",
+        ),
+        (
+            "marketstore",
+            BARS,
+            bars(("A",), rows=2).with_columns(pl.col("ts").dt.offset_by("1s")),
+            "has 2 .*bucket of 1Min",
+        ),
+        ("marketstore", DAILY_BARS, days(date(1999, 1, 1), date(1999, 1, 2)), "has 1 .*1 January.*ts 1999-01-01"),
+        ("marketstore", DAILY_BARS, days(date(1969, 1, 3), date(1999, 1, 2)), "has 1 .*before 1970.*ts 1969-01-03"),
+        ("marketstore", INSTRUMENTS, None, "time is not in the key"),
+        ("dolphindb", NOTES, noted("é" * 32_768), r"'note' .* has 1 values .*65535 bytes"),
+        ("dolphindb", NOTES, noted(""), r"'note' .* has 1 values .*empty text.*ts 2001-01-30 10:30"),
+        ("dolphindb", DAILY_BARS, days(date(1600, 1, 3), date(1999, 1, 2)), "has 1 .*before 1677"),
+        ("dolphindb", replace(BARS, columns=(*BARS.columns, Column("select", ColumnType.STR))), None, "'select'"),
+        ("excel", NOTES, noted("\r" * 20_000), r"'note' .* has 1 values .*32767 characters"),
+        ("postgres", replace(BARS, columns=(*BARS.columns, Column("ctid", ColumnType.STR))), None, "'ctid'"),
+    ],
+)
+def test_what_the_target_refuses_in_one_dataset_is_told_before_a_row_of_any_is_moved(
+    kind: str,
+    schema: Schema,
+    frame: pl.DataFrame | None,
+    says: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+):
+    target = target_of(kind, tmp_path, request)
+    home = filled(f"parquet://{tmp_path}/home", bars(rows=2), "made.fine")
+    filled(home, pl.DataFrame(schema=schema.polars(system=True)) if frame is None else frame, "made.odd", schema)
+    for dry in (True, False):
+        with pytest.raises(SchemaError, match=says):
+            copy(home, target, dry_run=dry)
+    with closing(open_store(target)) as store:
+        assert store.datasets() == []
+    (done,) = copy(home, target, "made.fine")
+    assert done.agree
+
+
+def test_nulls_that_the_table_there_does_not_take_are_counted_beforehand(tmp_path: Path):
+    strict = replace(BARS, columns=(*BARS.columns[:2], *(replace(one, nullable=False) for one in BARS.columns[2:])))
+    target = filled(f"delta://{tmp_path}/target", bars(rows=1), schema=strict)
+    holed = bars().with_columns(pl.when(pl.col("volume") > 40).then("volume").alias("volume"))
+    home = filled(f"parquet://{tmp_path}/home", holed)
+    with pytest.raises(SchemaError, match=r"'volume' of made\.bars has 41 values .*null where the table has none"):
+        copy(home, target)
+    with closing(open_store(target)) as store:
+        assert store.count("made.bars") == 2
+
+
 # ---------------------------------------------------------------- coverage
 
 SPAN = {"datasets": [DAILY], "universe": ["AAPL", "IBM"], "since": "2010-01-01", "until": "2012-12-31"}
@@ -268,6 +505,25 @@ def test_what_was_copied_is_not_asked_of_the_provider_again(synced: Place):
     after = synced.sync_here()
     assert (after.code, synced.requests) == (0, before)
     assert_frame_equal(synced.bars("second"), synced.bars())
+
+
+def test_a_subject_whose_rows_came_meanwhile_is_not_handed_on_until_the_next_copy(synced: Place):
+    def delivered(one: Copied) -> None:
+        with closing(open_store(synced.url("default"))) as store:
+            rows = store.scan(DAILY, Filter(["IBM"], system=True)).head(1).collect()
+            schema = store.schema(DAILY)
+            assert schema is not None
+            now = pl.lit(datetime.now(UTC)).cast(pl.Datetime("us", "UTC")).alias("_ingested_at")
+            later = rows.with_columns(pl.col("volume") + 1, now)
+            store.write(batch(DAILY, later, 99, lane="somebody", schema=schema))
+
+    (done,) = copy("default", "second", DAILY, synced.config, told=delivered)
+    assert (done.agree, done.late, done.covered) == (True, 1, 1)
+    (again,) = copy("default", "second", DAILY, synced.config)
+    assert (again.late, again.updated, again.covered) == (0, 1, 1)
+    before = synced.requests
+    assert synced.sync_here().code == 0
+    assert synced.requests == before
 
 
 def test_what_was_not_copied_is_asked_as_before(synced: Place):
