@@ -300,7 +300,8 @@ class Maker:
             subject, kinds[1] = names[1], T.STR
         key = [name for name in (subject, time) if name is not None and chance.random() < 0.85]
         if not key or chance.random() < 0.3:
-            key += chance.sample([name for name in names if name not in key], 1) if len(key) < count else []
+            free = [name for name in names if name not in key]
+            key += chance.sample(free, 1) if free else []
         if chance.random() < 0.3:
             chance.shuffle(key)
         columns = [Column(n, k, nullable=chance.random() < 0.8) for n, k in zip(names, kinds, strict=True)]
