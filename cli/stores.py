@@ -86,7 +86,8 @@ def copy(
 ) -> None:
     """Copy rows from one store to another, whatever their engines; nothing is deleted, and equal rows stay as they are.
 
-    At the end fingerprints of both are compared, and what differs is named. Broken off, it goes on when it is run again.
+    Fingerprints of both are compared then, and what differs is named. Broken off, it goes on when it is run again.
+
     Exit codes: 0 done, 1 failed or not all arrived as it was, 2 configuration.
     """
     from tasks.public import copy as run

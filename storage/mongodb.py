@@ -145,6 +145,9 @@ class MongoStore:
 
     def unkept(self, dataset: str, schema: Schema) -> list[admission.Unkept]:
         documents.check(dataset, schema)
+        with self._told(f"looking for {dataset}"):
+            if self._series and self._described(dataset) is None:
+                self._check_series(dataset, schema)
         return []
 
     # writing
@@ -528,7 +531,7 @@ class MongoStore:
 
         form: dict[str, Any] = {}
         if self._series:
-            mongodb_series.check(dataset, schema, self._database.client.server_info()["versionArray"])
+            self._check_series(dataset, schema)
             form = {_SERIES: mongodb_series.options(schema)}
         while True:
             try:
@@ -550,6 +553,9 @@ class MongoStore:
                 continue
             if (table := self._described(dataset)) is not None:
                 return table
+
+    def _check_series(self, dataset: str, schema: Schema) -> None:
+        mongodb_series.check(dataset, schema, self._database.client.server_info()["versionArray"])
 
     def _index(self, collection: Collection[Document], schema: Schema, *, series: bool) -> None:
         """Make the index that finds rows by subject and time, where the `_id` does not."""
