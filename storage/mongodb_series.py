@@ -53,7 +53,7 @@ CAPABILITIES = Capabilities(
     "negative_zero: what packs the numbers of a bucket has not kept it in every version.",
 )
 
-NOTES = "writing"  # the field of a table's description
+_NOTES = "writing"  # the field of a table's description
 _BEGAN = "began"
 _SPANS = {Period.DAY: 86_400, Period.MONTH: 31 * 86_400, Period.YEAR: 365 * 86_400}  # seconds, of a bucket at most
 OLDEST = (7, 0)  # older servers delete by the subject alone
@@ -230,7 +230,7 @@ class Series:
             there = self._ranked(found, self.schema.key)
             twins = there.filter(~self._counts(there))
             self._take_out([found[place] for place in twins.get_column(_PLACE)])
-        self.tables.update_one({"_id": self.identity}, {"$pull": {NOTES: {"id": note}}})
+        self.tables.update_one({"_id": self.identity}, {"$pull": {_NOTES: {"id": note}}})
         return Written(split.new.height, split.changed.height, split.equal)
 
     def _ranked(self, found: Sequence[Document], names: Sequence[str]) -> pl.DataFrame:
@@ -311,11 +311,11 @@ class Series:
             "high": times.max(),
             "subjects": subjects if subjects and len(subjects) <= documents.SUBJECTS_A_QUERY else None,
         }
-        added = {"$push": {NOTES: note}, "$inc": {_BEGAN: 1}}
-        before = self.tables.find_one_and_update({"_id": self.identity}, added, {NOTES: 1, _BEGAN: 1})
+        added = {"$push": {_NOTES: note}, "$inc": {_BEGAN: 1}}
+        before = self.tables.find_one_and_update({"_id": self.identity}, added, {_NOTES: 1, _BEGAN: 1})
         if before is None:
             raise StoreError(f"the collection {self.rows.name} was dropped meanwhile; run it again")
-        notes = before.get(NOTES, [])
+        notes = before.get(_NOTES, [])
         self._forget(notes, who)
         return note["id"], before.get(_BEGAN, 0) + 1, not notes
 
@@ -325,8 +325,8 @@ class Series:
         return found is None or found.get(_BEGAN, 0) != number
 
     def _notes(self, session: ClientSession | None) -> list[Document]:
-        found = self.tables.find_one({"_id": self.identity}, {NOTES: 1}, session=session)
-        return [] if found is None else found.get(NOTES, [])
+        found = self.tables.find_one({"_id": self.identity}, {_NOTES: 1}, session=session)
+        return [] if found is None else found.get(_NOTES, [])
 
     def _forget(self, notes: Iterable[Document], who: str | None) -> list[Document]:
         """End what this one left when it died, and all who died long ago; return the twins that there were."""
@@ -335,7 +335,7 @@ class Series:
         twins = [one for note in left for one in self._twins(note, None)]
         self._take_out(twins)
         if done := [note["id"] for note in left if now - note["at"] > _FOR_OWN]:
-            self.tables.update_one({"_id": self.identity}, {"$pull": {NOTES: {"id": {"$in": done}}}})
+            self.tables.update_one({"_id": self.identity}, {"$pull": {_NOTES: {"id": {"$in": done}}}})
         return twins
 
     def _settle(self) -> None:
