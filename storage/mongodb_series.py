@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from marketsync.errors import ForeignTable, SchemaConflict, StoreError
 from marketsync.schema import ColumnType, Period, Schema
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import polars as pl
     from pymongo.client_session import ClientSession
     from pymongo.collection import Collection
-    from pymongo.errors import OperationFailure
 
 CAPABILITIES = Capabilities(
     atomic=False,
@@ -163,6 +162,8 @@ class Series:
         """Return what is computed from the rows of the condition that is given to `act`, which leaves out every twin
         that does not count. They are of one instant like those that `found` yields."""
 
+        from pymongo.errors import OperationFailure
+
         def of_one_instant(session: ClientSession | None) -> _Result:
             outranked = [one["_id"] for note in self._notes(session) for one in self._twins(note, session)]
             return act({"_id": {"$nin": outranked}} if outranked else {}, session)
@@ -171,8 +172,8 @@ class Series:
             try:
                 with self._instant() as session:
                     return of_one_instant(session)
-            except Exception as error:
-                if not _passing(error):
+            except OperationFailure as error:
+                if error.code not in _GONE:
                     raise
                 if error.code == _TOO_OLD:  # what lasts longer than the server remembers an instant will again
                     break
@@ -365,6 +366,8 @@ class Series:
     # how it is done: reading
 
     def _singles(self, query: Document, asked: Document) -> Iterator[list[Document]]:
+        from pymongo.errors import OperationFailure
+
         last: Document | None = None
         tries = 0
         while True:
@@ -383,9 +386,9 @@ class Series:
                         if part:
                             yield part
                 return
-            except Exception as error:
+            except OperationFailure as error:
                 tries += 1
-                if not _passing(error) or tries == _TRIES:
+                if error.code not in _GONE or tries == _TRIES:
                     raise
                 time.sleep(_PAUSE_SECONDS)
 
@@ -440,13 +443,6 @@ def _ids(count: int, instead: Sequence[Document]) -> Iterator[Any]:
     second = max([int(time.time()), *(int.from_bytes(each[:4], "big") + 1 for each in made)])
     for _ in range(count):
         yield ObjectId(min(second, 2**32 - 1).to_bytes(4, "big") + ObjectId().binary[4:])
-
-
-def _passing(error: Exception) -> TypeGuard[OperationFailure]:
-    """Tell whether the server has only let go of the instant that was being read."""
-    from pymongo.errors import OperationFailure
-
-    return isinstance(error, OperationFailure) and error.code in _GONE
 
 
 def _now() -> datetime:
