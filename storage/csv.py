@@ -5,9 +5,13 @@ NaN and infinities are `NaN`, `inf`, `-inf`; nothing between two commas is null 
 of capitals, digits, `.`, `_` and `-` names its file; any other has a hash in its name, so that no two share a file
 where case does not count. A table without subjects is one file.
 
-`_schema.json` beside the files is the table for us: schema, marker, lanes, and of each file its length and its last
-bytes' checksum. New rows at the end are appended, and what is longer than recorded was never committed; any other
-change writes the file anew. Which files a write exchanges stands in `_journal.json` until it is done.
+`_schema.json` beside the files is the table for us: schema, marker, lanes, and of each file its length, its checksum
+and a few marks, which are places where rows begin. New rows at the end are appended, and what is longer than recorded
+was never committed. Any other change puts another end into the file, from the last mark before the first row that
+changes, or writes it whole where that is most of it. (Files by period would also bound what the change of an old row
+costs, but they would be dozens for a person to open, all of them listed in each commit.) What a write exchanges stands
+in `_journal.json` and `_new` until it is done. Who reads a file while its end is exchanged learns it from the checksum,
+and looks again.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ import os
 import re
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from datetime import MAXYEAR, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from marketsync.errors import ForeignTable, StoreBusy, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
@@ -56,7 +61,11 @@ _JOURNAL = "_journal.json"
 _LOCK = "_lock"
 _NEW = "_new"
 _NULL_FILE = "~null.csv"  # of rows without a subject, where it may be null
-_TAIL_BYTES = 256
+_TAILS = "_tails"  # in `_new`: other ends of files, one after the other as the journal lists them
+_OLD_BASE = 256  # once, a checksum was of so many last bytes only
+# so many bytes are after the last mark of a file, and after each one before it so many times more
+_MARK_BYTES = 32_768
+_MARK_TIMES = 4
 # a file that a write looks into and then writes anew is read once, as long as so many rows of such files are held
 _KEPT_ROWS = 500_000
 _FILE = "__file"
@@ -64,16 +73,30 @@ _PLAIN = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,99}(?<!\.)")
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?")
 
 
+class _Mark(NamedTuple):
+    """Where a row begins in its file, the CRC-32 of the bytes before it, and the row's time in ISO."""
+
+    offset: int
+    crc: int
+    since: str | None
+
+
+_START = _Mark(0, 0, None)
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """One file as it was committed: `tail` is the CRC-32 of its last bytes, `since` and `last` are times in ISO."""
+    """One file as it was committed: `crc` is the CRC-32 of its bytes from `base` on, `since` and `last` are times in
+    ISO, `marks` are in the order of the file."""
 
     subject: str | None
     size: int
     rows: int
     since: str | None
     last: str | None
-    tail: int
+    crc: int
+    base: int
+    marks: Sequence[_Mark]
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,14 @@ class _Change:
     out: dict[str, pl.DataFrame] = field(default_factory=dict)
 
 
-_Kept = dict[str, "pl.DataFrame"]  # file: its rows, while one write holds the lock
+class _Piece(NamedTuple):
+    """The rows of a file from a mark on."""
+
+    start: _Mark
+    rows: pl.DataFrame
+
+
+_Kept = dict[str, _Piece]  # by file, while one write holds the lock
 
 
 class CsvStore:
@@ -164,7 +194,7 @@ class CsvStore:
             there = self._with_keys(dataset, state, frame, kept)
             split = classify.split(frame, there, state.schema, absent=absent, tag=_FILE)
             written = Written(split.new.height, split.changed.height, split.equal)
-            return _change(dataset, state.schema, split, {tag: split.changed for tag in split.tags}), written
+            return _change(dataset, state.schema, split, split.changed, split.tags), written
 
         return self._commit(dataset, decide, lane=batch.lane, seq=batch.seq)
 
@@ -183,8 +213,7 @@ class CsvStore:
             if not (split.new.height or split.changed.height or gone.height):
                 return None, written
             out = pl.concat([split.changed.select(key), gone.select(key)])
-            files = {*split.tags, *gone[_FILE].unique()}
-            return _change(dataset, state.schema, split, dict.fromkeys(files, out)), written
+            return _change(dataset, state.schema, split, out, {*split.tags, *gone[_FILE].unique()}), written
 
         return self._commit(dataset, decide)
 
@@ -199,6 +228,7 @@ class CsvStore:
         types = state.schema.polars(system=True)
         condition = filters.expression(dataset, filter, state.schema)
         files = self._within(dataset, state, filter)
+        since, _ = filters.bounds(dataset, filter, state.schema)
 
         def rows(
             columns: list[str] | None, predicate: pl.Expr | None, limit: int | None, _: int | None
@@ -206,7 +236,7 @@ class CsvStore:
             # a file is read when its turn comes, as it is committed then
             left = limit
             for name in files:
-                frame = self._rows(dataset, name, state.schema)
+                frame = self._rows(dataset, name, state.schema, since)
                 if condition is not None:
                     frame = frame.filter(condition)
                 if predicate is not None:
@@ -250,7 +280,8 @@ class CsvStore:
             gone = self._found(dataset, state, filter, kept).select(*state.schema.key, _FILE)
             if gone.is_empty():
                 return None, Written()
-            return _Change(out=dict.fromkeys(gone[_FILE].unique(), gone)), Written(deleted=gone.height)
+            out = _out(dataset, state.schema, gone, gone[_FILE].unique())
+            return _Change(out=out), Written(deleted=gone.height)
 
         return self._commit(dataset, decide).deleted
 
@@ -362,6 +393,7 @@ class CsvStore:
         elif any(_size(folder / name) > entry.size for name, entry in state.files.items()):
             try:
                 with locks.exclusive(folder / _LOCK, f"the CSV table of {dataset}", wait_seconds=0):
+                    self._finish(dataset)  # its writer may have died since we looked
                     current = _from_json((folder / _TABLE).read_bytes())
                     if current.version == state.version:
                         self._cut_all(dataset, current, locked=True)
@@ -382,33 +414,36 @@ class CsvStore:
             raise StoreError(f"there is no CSV table of {dataset} in {self._folder(dataset)}; call ensure first")
         return state
 
-    def _rows(self, dataset: str, name: str, schema: Schema) -> pl.DataFrame:
-        """Return the rows of one file as it is committed now; none when the table does not have it any more."""
+    def _rows(self, dataset: str, name: str, schema: Schema, since: Any = None) -> pl.DataFrame:
+        """Return the rows of one file as it is committed now, at least those from `since` on (None: all); none when
+        the table does not have the file any more."""
         path = self._folder(dataset) / name
         for _ in range(2):
             entry = self._table(dataset).files.get(name)
             if entry is None:
                 return _empty(schema)
-            content = _content(path, entry)
+            content = _content(path, entry, _mark_before(since, entry, schema))
             if content is not None:
                 return _decoded(content, schema, path)
-        # between our look at the table and at the file a writer exchanged the file: let it end
+        # between our look at the table and at the file a writer changed the file: let it end
         with self._locked(dataset):
             state = self._table(dataset, locked=True)
-            return self._own_rows(dataset, state, name) if name in state.files else _empty(schema)
+            return self._own_rows(dataset, state, name, since).rows if name in state.files else _empty(schema)
 
-    def _own_rows(self, dataset: str, state: _State, name: str, kept: _Kept | None = None) -> pl.DataFrame:
-        """Return the rows of one file of the table, for who holds the lock, and has `kept` some since."""
-        if kept is not None and name in kept:
+    def _own_rows(self, dataset: str, state: _State, name: str, since: Any = None, kept: _Kept | None = None) -> _Piece:
+        """Return the rows of one file of the table, at least those from `since` on (None: all), for who holds the
+        lock, and has `kept` some since."""
+        start = _mark_before(since, state.files[name], state.schema)
+        if kept is not None and name in kept and kept[name].start == start:
             return kept[name]
         path = self._folder(dataset) / name
-        content = _content(path, state.files[name])
+        content = _content(path, state.files[name], start)
         if content is None:
             raise _foreign(path)
-        rows = _decoded(content, state.schema, path)
-        if kept is not None and sum(map(len, kept.values())) + rows.height <= _KEPT_ROWS:
-            kept[name] = rows
-        return rows
+        piece = _Piece(start, _decoded(content, state.schema, path))
+        if kept is not None and sum(one.rows.height for one in kept.values()) + piece.rows.height <= _KEPT_ROWS:
+            kept[name] = piece
+        return piece
 
     def _within(self, dataset: str, state: _State, filter: Filter) -> list[str]:
         """Return the files that can hold a row of the filter."""
@@ -425,11 +460,13 @@ class CsvStore:
         """Return the rows of the filter, with the name of each row's file."""
         condition = filters.expression(dataset, filter, state.schema)
         names = self._within(dataset, state, filter)
+        since, _ = filters.bounds(dataset, filter, state.schema)
 
-        def wanted(_: str, rows: pl.DataFrame) -> pl.DataFrame:
+        def wanted(name: str) -> pl.DataFrame:
+            rows = self._own_rows(dataset, state, name, since, kept).rows
             return rows if condition is None else rows.filter(condition)
 
-        return self._tagged(dataset, state, names, wanted, kept)
+        return self._tagged(state, names, wanted)
 
     def _with_keys(self, dataset: str, state: _State, frame: pl.DataFrame, kept: _Kept) -> pl.DataFrame:
         """Return the rows that have a key of the frame, with the name of each row's file."""
@@ -443,27 +480,19 @@ class CsvStore:
             low, high = frame[schema.time].min(), frame[schema.time].max()
             names = [name for name in names if _meets(low, high, state.files[name], schema)]
 
-        def wanted(name: str, rows: pl.DataFrame) -> pl.DataFrame:
+        def wanted(name: str) -> pl.DataFrame:
             # a file's rows meet the keys of its subject only, and not each file's those of the whole batch
-            return rows.join(keys if of is None else of[state.files[name].subject], on=schema.key, how="semi")
+            asked = keys if of is None else of[state.files[name].subject]
+            rows = self._own_rows(dataset, state, name, _earliest(schema, [asked]), kept).rows
+            return rows.join(asked, on=schema.key, how="semi")
 
-        return self._tagged(dataset, state, names, wanted, kept)
+        return self._tagged(state, names, wanted)
 
-    def _tagged(
-        self,
-        dataset: str,
-        state: _State,
-        names: list[str],
-        wanted: Callable[[str, pl.DataFrame], pl.DataFrame],
-        kept: _Kept,
-    ) -> pl.DataFrame:
+    def _tagged(self, state: _State, names: list[str], wanted: Callable[[str], pl.DataFrame]) -> pl.DataFrame:
         import polars as pl
 
         found = [_empty(state.schema).with_columns(pl.lit("").alias(_FILE))]
-        for name in names:
-            rows = wanted(name, self._own_rows(dataset, state, name, kept))
-            found.append(rows.with_columns(pl.lit(name).alias(_FILE)))
-        return pl.concat(found)
+        return pl.concat(found + [wanted(name).with_columns(pl.lit(name).alias(_FILE)) for name in names])
 
     def _commit(
         self,
@@ -507,33 +536,49 @@ class CsvStore:
         import polars as pl
 
         folder, key = self._folder(dataset), list(after.schema.key)
-        files, drop, put = dict(after.files), [], []
+        types = after.schema.polars(system=True)
+        same = state.schema.names == after.schema.names
+        files, put, drop, tails = dict(after.files), [], [], []
         for name, (subject, rows) in whole.items():
+            gone = (out or {}).get(name)
             frames = [] if rows is None else [rows]
-            if name in state.files:
-                old = self._own_rows(dataset, state, name, kept)
-                if out is not None and name in out:
-                    old = old.join(out[name], on=key, how="anti")
-                types = after.schema.polars(system=True)
-                frames.append(
-                    old.select(
-                        pl.col(column) if column in old.columns else pl.lit(None, type_).alias(column)
+            start, left, old = _START, 0, state.files.get(name)
+            if old is not None:
+                since = _earliest(after.schema, [*frames, *([] if gone is None else [gone])]) if same else None
+                start, there = self._own_rows(dataset, state, name, since, kept)
+                left = old.rows - there.height
+                if gone is not None:
+                    there = there.join(gone, on=key, how="anti")
+                if not same:
+                    there = there.select(
+                        pl.col(column) if column in there.columns else pl.lit(None, type_).alias(column)
                         for column, type_ in types.items()
                     )
-                )
+                frames.append(there)
             together = pl.concat(frames).sort(_order(after.schema))
-            if together.is_empty():
+            if together.is_empty():  # and so is the file: the row at a mark is earlier than any that goes
                 drop.append(name)
                 files.pop(name, None)
                 continue
-            content = _encoded(together, header=True)
-            (folder / _NEW / name).write_bytes(content)
-            sync(folder / _NEW / name)
-            put.append(name)
-            files[name] = _entry(subject, content, len(content), together, after.schema)
+            content = _encoded(together, header=start is _START)
+            if start is _START:
+                (folder / _NEW / name).write_bytes(content)
+                sync(folder / _NEW / name)
+                put.append(name)
+            else:
+                with open(folder / _NEW / _TAILS, "ab") as file:
+                    file.write(content)
+                tails.append([name, start.offset, len(content)])
+            new = _entry(subject, start, content, together, after.schema, [] if old is None else old.marks)
+            if old is not None and start is not _START:
+                new = replace(new, rows=left + new.rows, since=old.since, base=old.base)
+            files[name] = new
         after = replace(after, version=state.version + 1, files=files)
-        if put or drop:
-            journal = {"put": put, "drop": drop, "table": json.loads(_to_json(after))}
+        if put or drop or tails:
+            if tails:
+                sync(folder / _NEW / _TAILS)
+            sync(folder / _NEW)
+            journal = {"put": put, "drop": drop, "tails": tails, "table": json.loads(_to_json(after))}
             write_whole(folder / _JOURNAL, json.dumps(journal, ensure_ascii=False).encode())
             self._finish(dataset)
         else:
@@ -551,9 +596,17 @@ class CsvStore:
                     os.replace(folder / _NEW / name, folder / name)
             for name in plan["drop"]:
                 (folder / name).unlink(missing_ok=True)
+            if plan.get("tails"):
+                with open(folder / _NEW / _TAILS, "rb") as tails:
+                    for name, offset, length in plan["tails"]:
+                        _end_with(folder / name, offset, tails.read(length))
             sync(folder)
             write_whole(folder / _TABLE, json.dumps(plan["table"], ensure_ascii=False).encode())
+            for name, _, _ in plan.get("tails", ()):  # not before: until here, readers had to wait
+                if (folder / name).exists():
+                    sync(folder / name)
             journal.unlink()
+            sync(folder)  # before anything that this journal would be wrong for
         if (folder / _NEW).is_dir():
             for leftover in (folder / _NEW).iterdir():
                 leftover.unlink()
@@ -586,10 +639,27 @@ def _by_file(dataset: str, frame: pl.DataFrame, schema: Schema) -> dict[str, tup
     }
 
 
-def _change(dataset: str, schema: Schema, split: classify.Split, out: dict[str, pl.DataFrame]) -> _Change:
+def _change(dataset: str, schema: Schema, split: classify.Split, out: pl.DataFrame, files: Iterable[str]) -> _Change:
     import polars as pl
 
-    return _Change(_by_file(dataset, pl.concat([split.new, split.changed]), schema), out)
+    put = _by_file(dataset, pl.concat([split.new, split.changed]), schema)
+    return _Change(put, _out(dataset, schema, out, files))
+
+
+def _out(dataset: str, schema: Schema, keys: pl.DataFrame, files: Iterable[str]) -> dict[str, pl.DataFrame]:
+    """Return for each of these files, in which all of the keys are, those that can be in it."""
+    if schema.subject is not None and schema.subject not in schema.key:
+        return dict.fromkeys(files, keys)
+    of = _by_file(dataset, keys, schema)
+    return {name: of[name][1] for name in files}
+
+
+def _earliest(schema: Schema, frames: Iterable[pl.DataFrame]) -> Any:
+    """Return the earliest time of rows or keys; None where rows with these keys may have another time."""
+    if schema.time is None or schema.time not in schema.key:
+        return None
+    times: list[Any] = [frame[schema.time].min() for frame in frames if frame.height]
+    return min(times, default=None)
 
 
 def _order(schema: Schema) -> list[str]:
@@ -617,17 +687,92 @@ def _appended(path: Path, entry: _Entry, rows: pl.DataFrame, schema: Schema) -> 
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        file.seek(max(0, entry.size + len(content) - _TAIL_BYTES))
-        tail = file.read()
-    new = _entry(entry.subject, tail, entry.size + len(content), rows, schema)
-    return replace(new, rows=entry.rows + rows.height, since=entry.since)
+    end = _Mark(entry.size, entry.crc, None)
+    new = _entry(entry.subject, end, content, rows, schema, entry.marks)
+    return replace(new, rows=entry.rows + rows.height, since=entry.since, base=entry.base)
 
 
-def _entry(subject: str | None, content: bytes | memoryview, size: int, rows: pl.DataFrame, schema: Schema) -> _Entry:
-    ends: list[Any] = [None, None]
-    if schema.time is not None:
-        ends = [_instant(rows[schema.time].min()), _instant(rows[schema.time].max())]
-    return _Entry(subject, size, rows.height, ends[0], ends[1], zlib.crc32(content[-_TAIL_BYTES:]))
+def _end_with(path: Path, offset: int, content: bytes) -> None:
+    """Put the content in the place of all that stands in the file from the offset on."""
+    with suppress(FileNotFoundError), open(path, "r+b") as file:  # who reads it is told that it is gone
+        file.seek(offset)
+        file.write(content)
+        file.truncate()
+
+
+def _entry(
+    subject: str | None, start: _Mark, content: bytes, rows: pl.DataFrame, schema: Schema, marks: Sequence[_Mark]
+) -> _Entry:
+    """Return the entry of a file whose content from `start` on is this, these rows, and that had these marks."""
+    size, time = start.offset + len(content), schema.time
+    if time is None:
+        return _Entry(subject, size, rows.height, None, None, zlib.crc32(content, start.crc), 0, ())
+    marks, crc, at, view = [mark for mark in marks if mark.offset < start.offset], start.crc, 0, memoryview(content)
+    for begin in _beginnings(content, header=start is _START):
+        crc, at = zlib.crc32(view[at:begin], crc), begin
+        if since := _field(content, begin, schema.names.index(time)):
+            marks.append(_Mark(start.offset + begin, crc, since))
+    since, last = _instant(rows[time].min()), _instant(rows[time].max())
+    return _Entry(subject, size, rows.height, since, last, zlib.crc32(view[at:], crc), 0, _thinned(marks, size))
+
+
+def _beginnings(content: bytes, *, header: bool) -> Iterator[int]:
+    """Yield where rows begin: the first one, if no header is before it, and those that are about as far from the end as
+    marks are to be."""
+    if not header:
+        yield 0
+    places, after = [], _MARK_BYTES
+    while after < len(content):
+        places.append(len(content) - after)
+        after *= _MARK_TIMES
+    at = 0
+    for place in reversed(places):
+        if at <= place and (at := _past(content, b"\n", at, place)) < len(content):
+            yield at
+
+
+def _field(content: bytes, at: int, number: int) -> str:
+    """Return a field of the row that begins there; one that is never quoted and not the last one."""
+    for _ in range(number):
+        at = _past(content, b",", at, at)
+    return content[at : content.index(b",", at)].decode()
+
+
+def _past(content: bytes, separator: bytes, at: int, place: int) -> int:
+    """Return where the first separator ends that is at the place or later and not within quotation marks, of which
+    none is open at `at`."""
+    inside = False
+    while at <= place or inside:
+        end = content.index(separator, max(at, place)) + 1
+        inside ^= content.count(b'"', at, end) % 2 == 1
+        at = end
+    return at
+
+
+def _thinned(marks: Sequence[_Mark], size: int) -> list[_Mark]:
+    """Return as many of the marks as it takes for each row to have one before it that is not much farther from the
+    end."""
+    kept: list[_Mark] = []
+    after = 0
+    for number in reversed(range(len(marks))):
+        farther = size - (marks[number - 1].offset if number else 0)
+        if farther > max(_MARK_BYTES, _MARK_TIMES * after):
+            kept.append(marks[number])
+            after = size - marks[number].offset
+    return kept[::-1]
+
+
+def _mark_before(since: Any, entry: _Entry, schema: Schema) -> _Mark:
+    """Return the last mark before all rows of the time or later; the file's beginning for None and where the mark
+    would not save half of the file."""
+    if since is not None:
+        for mark in reversed(entry.marks):
+            if 2 * mark.offset < entry.size:
+                break
+            # earlier, not at: rows before the mark may have the time of the row at it
+            if mark.since is not None and _moment(mark.since, schema) < since:
+                return mark
+    return _START
 
 
 def _instant(value: Any) -> str | None:
@@ -671,21 +816,28 @@ def _cut(path: Path, entry: _Entry) -> int:
 
 def _as_left(file: BinaryIO, entry: _Entry) -> bool:
     """Tell, by the last committed bytes, whether the file is the one that the entry describes."""
-    file.seek(max(0, entry.size - _TAIL_BYTES))
-    tail = file.read(min(entry.size, _TAIL_BYTES))
-    return len(tail) == min(entry.size, _TAIL_BYTES) and zlib.crc32(tail) == entry.tail
+    return _read(file, entry, entry.marks[-1] if entry.marks else _Mark(entry.base, 0, None)) is not None
 
 
-def _content(path: Path, entry: _Entry) -> bytes | None:
-    """Return the committed bytes of the file; None when the file is another than the entry describes."""
+def _content(path: Path, entry: _Entry, start: _Mark) -> bytes | None:
+    """Return the header and the committed bytes from `start` on; None when the file is another than the entry
+    describes."""
     try:
         with open(path, "rb") as file:
-            if not _as_left(file, entry):
-                return None
-            file.seek(0)
-            return file.read(entry.size)
+            header = file.readline() if start.offset else b""
+            content = _read(file, entry, start)
+            return None if content is None else header + content
     except FileNotFoundError:
         return None
+
+
+def _read(file: BinaryIO, entry: _Entry, start: _Mark) -> bytes | None:
+    """Return the committed bytes from `start` on; None when they are not those that the entry describes."""
+    file.seek(start.offset)
+    content = file.read(entry.size - start.offset)
+    summed = memoryview(content)[max(0, entry.base - start.offset) :]
+    whole = len(content) == entry.size - start.offset
+    return content if whole and zlib.crc32(summed, start.crc) == entry.crc else None
 
 
 def _foreign(path: Path) -> StoreError:
@@ -695,7 +847,7 @@ def _foreign(path: Path) -> StoreError:
     )
 
 
-def _encoded(rows: pl.DataFrame, *, header: bool) -> memoryview:
+def _encoded(rows: pl.DataFrame, *, header: bool) -> bytes:
     import polars as pl
 
     texts: dict[pl.DataType, str] = {
@@ -706,11 +858,14 @@ def _encoded(rows: pl.DataFrame, *, header: bool) -> memoryview:
     rows.with_columns(
         _written(rows[name], texts[type_]) for name, type_ in rows.schema.items() if type_ in texts
     ).write_csv(buffer, include_header=header)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def _written(times: pl.Series, form: str) -> pl.Series:
     """Return the times as text; runs of one time, as that of arrival is, are written once."""
+    numbers = times.to_physical()
+    if numbers.min() == numbers.max() is not None and not times.has_nulls():
+        return times.head(1).dt.strftime(form).new_from_index(0, times.len())
     runs = times.rle_id()
     last = runs[-1] if runs.len() else None
     if last is None or last > times.len() // 4:
@@ -728,14 +883,16 @@ def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:
         there = {name: types.get(name, pl.String()) for name in _header(content)}
         # skip_rows and not skip_lines, after which polars takes a first text of U+FEFF for the mark of a file
         rows = pl.read_csv(content, has_header=False, skip_rows=1, schema=there)
-        return rows.select(list(types)).with_columns(
+        return rows.select(
             pl.col(name)
+            if name not in times
+            else pl.col(name)
             .str.head(-1)
             .str.to_datetime(
-                "%Y-%m-%dT%H:%M:%S%.f", time_unit="us" if type_ is ColumnType.DATETIME else "ns", strict=True
+                "%Y-%m-%dT%H:%M:%S%.f", time_unit="us" if times[name] is ColumnType.DATETIME else "ns", strict=True
             )
             .dt.replace_time_zone("UTC")
-            for name, type_ in times.items()
+            for name in types
         )
     except pl.exceptions.PolarsError as error:
         raise StoreError(f"{path} cannot be read as the table's schema says: {error}") from error
@@ -760,8 +917,7 @@ def _to_json(state: _State) -> bytes:
             "schema": json.loads(evolution.to_text(state.schema)),
             "lanes": dict(state.lanes),
             "files": {
-                name: [entry.subject, entry.size, entry.rows, entry.since, entry.last, entry.tail]
-                for name, entry in state.files.items()
+                name: [*(getattr(entry, field.name) for field in fields(entry))] for name, entry in state.files.items()
             },
         },
         ensure_ascii=False,
@@ -771,5 +927,19 @@ def _to_json(state: _State) -> bytes:
 def _from_json(text: bytes) -> _State:
     data = json.loads(text)
     schema = evolution.from_text(json.dumps(data["schema"], ensure_ascii=False))
-    files = {name: _Entry(*fields) for name, fields in data["files"].items()}
+    files = {name: _entry_of(*values) for name, values in data["files"].items()}
     return _State(data["version"], data["marker"], schema, data["lanes"], files)
+
+
+def _entry_of(
+    subject: str | None,
+    size: int,
+    rows: int,
+    since: str | None,
+    last: str | None,
+    crc: int,
+    base: int | None = None,
+    marks: Sequence[Sequence[Any]] = (),
+) -> _Entry:
+    base = max(0, size - _OLD_BASE) if base is None else base
+    return _Entry(subject, size, rows, since, last, crc, base, [_Mark(*mark) for mark in marks])
