@@ -19,6 +19,7 @@ from stored_frames import BARS, bars, batch
 
 from marketsync.errors import SchemaError
 from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.admission import unkept_by
 from storage.protocol import Capabilities, Filter, Store
 from tasks.compare import Comparison, compare
 from tasks.copy import Copied, End, copy
@@ -84,7 +85,7 @@ class Pair:
                 drawn.period,
             )
             try:
-                self.target.ensure(f"{self.dataset}_tried", schema)
+                unkept_by(self.target, self.dataset, schema)
                 self.source.ensure(self.dataset, schema)
             except SchemaError:  # a key that one of both cannot have
                 continue
