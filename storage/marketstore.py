@@ -126,10 +126,8 @@ class MarketStore:
         if table is not None:
             self._refuse_new(table, schema)
             return rows_of.unkept(table.layout)
-        shape = rows_of.layout(dataset, schema, self._timeframe)
-        _, timezone = Notes(self._client, self._prefix + dataset).texts()
-        rows_of.refuse_zone(dataset, shape, timezone or "UTC")
-        return rows_of.unkept(shape)
+        # the server tells its time zone with rows only, so that one is judged once there is a table
+        return rows_of.unkept(rows_of.layout(dataset, schema, self._timeframe))
 
     # writing
 

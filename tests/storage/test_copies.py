@@ -26,9 +26,10 @@ from tasks.copy import Copied, End, copy
 
 COPIES = int(os.environ.get("MARKETSYNC_TEST_COPIES", "5"))  # of each pair, in the slow test
 T = ColumnType
-EVERY_DAY = [("parquet", "postgresql"), ("postgresql", "csv"), ("delta", "chdb")]
+EVERY_DAY = [("postgresql", "csv"), ("delta", "chdb")]
 PAIRS = [
     *EVERY_DAY,
+    ("parquet", "postgresql"),
     ("csv", "delta"),
     ("chdb", "excel"),
     ("postgresql", "clickhouse"),
