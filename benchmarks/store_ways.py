@@ -1,10 +1,10 @@
 """One way of getting rows into one engine: python -m benchmarks.store_ways WAY ENGINE URL DATASET STEP DATA LIMIT.
 
 WAY is `store` (ours), `raw` (what a careful person would write by hand for this engine alone), `polars`
-(`write_database`) or `core` (SQLAlchemy's executemany); STEP is `make`, `append`, `upsert`, `history`, `small` or
-`check`. The rows are Arrow files of one batch each; at most LIMIT rows are taken. Prints, as JSON, what the writing
-itself cost this process, or what is in the table. Who runs this how often, and what is asked of the figures, is in
-`stores.py`.
+(`write_database`) or `core` (SQLAlchemy's executemany); STEP is `make`, `append`, `upsert`, `history`, `settle`,
+`small` or `check`. The rows are Arrow files of one batch each; at most LIMIT rows are taken. Prints, as JSON, what the
+writing itself cost this process, or what is in the table. Who runs this how often, and what is asked of the figures, is
+in `stores.py`.
 
 On a server every way writes into a table that our store has made, so that types, key and durability are the same.
 """
@@ -44,6 +44,9 @@ def main(way: str, engine: str, url: str, dataset: str, step: str, data: Path, l
         store = open_store(url)
         store.ensure(dataset, SCHEMA)
         store.close()
+        return {}
+    if step == "settle":
+        open_store(url).maintain(dataset)
         return {}
     write = WAYS[way, engine](url, dataset)
     costs = []

@@ -8,6 +8,7 @@ owner lock in the folder names the process that has it. Nothing of this works in
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 from marketsync.errors import StoreBusy, StoreError
 from storage import clickhouse, location, locks
 from storage.clickhouse import ClickHouseStore, Server
+from storage.clickhouse_adoption import literal, quoted
 from storage.protocol import Writers
 
 if TYPE_CHECKING:
+    import polars as pl
     from clickhouse_connect.driver.client import Client
     from filelock import FileLock
 
@@ -32,6 +35,8 @@ CAPABILITIES = replace(
 
 _LOCK = "_marketsync.lock"
 _OWNER_SECONDS = 1.0  # whoever has just taken it has yet to write down its name, or is about to end
+# inserts of as many rows leave the engine with memory that is worth giving back
+_MANY_ROWS = 250_000
 
 
 class _Engine(Server):
@@ -43,6 +48,7 @@ class _Engine(Server):
         self.owner = owner
         self.process = os.getpid()
         self.stores = 0
+        self._inserted = 0  # rows, since the engine gave memory back
 
     def client(self, *, reads: bool = False) -> Client:
         if self.process != os.getpid():
@@ -51,6 +57,23 @@ class _Engine(Server):
                 "survive a fork; start processes with the spawn method and open the store in each"
             )
         return super().client(reads=reads)
+
+    def insert(self, table: str, rows: pl.DataFrame) -> None:
+        import polars as pl
+
+        columns = ", ".join(map(quoted, rows.columns))
+        # the engine reads a file in any case; the client would be given the bytes to write them to one
+        with tempfile.NamedTemporaryFile(suffix=".arrow") as file, clickhouse.told("an insert"):
+            rows.write_ipc_stream(file.name, compat_level=pl.CompatLevel.oldest())
+            self.client().command(
+                f"INSERT INTO {table} ({columns}) FROM INFILE {literal(file.name)} FORMAT ArrowStream"
+            )
+        self._inserted += rows.height
+        if self._inserted >= _MANY_ROWS:
+            self._inserted = 0
+            # else the engine keeps for some seconds what it let go of, beside what the next batches need
+            with clickhouse.told("to give memory back"):
+                self.client().command("SYSTEM JEMALLOC PURGE")
 
     def microseconds(self) -> int:
         return time.time_ns() // 1000

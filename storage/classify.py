@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from marketsync.schema import ColumnType, Schema
@@ -16,18 +17,28 @@ if TYPE_CHECKING:
     import polars as pl
 
 _OLD = "__old_"
-_THERE = "__there"
+_ROW = "__row"
 _SAME = "__same"
+_HASH = "__hash"
 
 
 @dataclass(frozen=True)
 class Split:
-    """The batch's rows by what a table must do with them; `tags` are those of the rows that `changed` replaces."""
+    """The batch's rows by what a table must do with them: `put` those that it does not have, in the order of the batch,
+    of which the `added` ones have a new key. `tags` are those of the rows that `changed` replaces."""
 
-    new: pl.DataFrame
-    changed: pl.DataFrame
+    put: pl.DataFrame
+    added: pl.Series
     equal: int
     tags: list
+
+    @cached_property
+    def new(self) -> pl.DataFrame:
+        return self.put.filter(self.added)
+
+    @cached_property
+    def changed(self) -> pl.DataFrame:
+        return self.put.filter(~self.added)
 
 
 def split(
@@ -43,25 +54,43 @@ def split(
 
     key = list(schema.key)
     compared = [name for name in schema.names if name not in key and name not in absent]
-    old = existing.select(
-        *key,
-        *(pl.col(name).alias(_OLD + name) for name in (*compared, *absent)),
-        *([pl.col(tag).alias(_OLD)] if tag else []),
-        pl.lit(True).alias(_THERE),
-    )
-    joined = batch.join(old, on=key, how="left", maintain_order="left")
+    pairs = _pairs(batch.select(key), existing.select(key), key)
     same = pl.all_horizontal(_equal(name, schema[name].type) for name in compared) if compared else pl.lit(True)
-    joined = joined.with_columns(same.alias(_SAME), pl.col(_THERE).fill_null(False))
-    if joined.height > batch.height:
-        joined = joined.with_columns(pl.col(_SAME) & ~pl.struct(key).is_duplicated())
-    changed = joined.filter(pl.col(_THERE) & ~pl.col(_SAME))
-    tags = changed[_OLD].unique().to_list() if tag else []
-    if joined.height > batch.height:
-        changed = changed.unique(key, keep="first", maintain_order=True)
-    changed = changed.with_columns(pl.col(_OLD + name).alias(name) for name in absent)
-    new = joined.filter(~pl.col(_THERE))
-    return Split(
-        new.select(batch.columns), changed.select(batch.columns), batch.height - new.height - changed.height, tags
+    pairs = pairs.with_columns(
+        *(batch[name].gather(pairs[_ROW]) for name in compared),
+        *(existing[name].gather(pairs[_OLD]).alias(_OLD + name) for name in compared),
+    ).select(_ROW, _OLD, same.alias(_SAME))
+    if pairs[_ROW].n_unique() < pairs.height:
+        pairs = pairs.with_columns(pl.col(_SAME) & ~pl.col(_ROW).is_duplicated())
+    tags = existing[tag].gather(pairs.filter(~pl.col(_SAME))[_OLD]).unique().to_list() if tag else []
+    there = pl.repeat(None, batch.height, dtype=pl.UInt32, eager=True).scatter(pairs[_ROW], pairs[_OLD])
+    put = batch.with_columns(existing[name].gather(there) for name in absent)
+    added, equal = there.is_null(), int(pairs[_SAME].sum())
+    if equal:
+        different = pl.repeat(True, batch.height, eager=True).scatter(pairs.filter(_SAME)[_ROW], False)
+        put, added = put.filter(different), added.filter(different)
+    return Split(put, added, equal, tags)
+
+
+def _pairs(now: pl.DataFrame, old: pl.DataFrame, key: list[str]) -> pl.DataFrame:
+    """Return the numbers of the rows of both frames that have the same key, in the order of `now`."""
+    import polars as pl
+
+    if now.dtypes == old.dtypes:
+        hashes = [pl.col(name).hash(number) for number, name in enumerate(key)]
+        hashed = pl.reduce(lambda one, other: one ^ other, hashes).alias(_HASH)
+        pairs = _joined(now.select(hashed), old.select(hashed), [_HASH])
+        # hashes meet at half the cost of keys; only of keys that are not the same can some come together by chance
+        if all(now[name].gather(pairs[_ROW]).equals(old[name].gather(pairs[_OLD])) for name in key):
+            return pairs
+    return _joined(now, old, key)
+
+
+def _joined(now: pl.DataFrame, old: pl.DataFrame, on: list[str]) -> pl.DataFrame:
+    return (
+        now.with_row_index(_ROW)
+        .join(old.with_row_index(_OLD), on=on, how="inner", maintain_order="left")
+        .select(_ROW, _OLD)
     )
 
 

@@ -96,6 +96,8 @@ SETTINGS = {
     "max_partitions_per_insert_block": 0,
     "max_query_size": 64 * 1024 * 1024,
     "output_format_arrow_string_as_string": 1,
+    # a batch has each key once, so nothing of it needs to be replaced before it is written
+    "optimize_on_insert": 0,
 }
 # 2: the engine itself allows reading only, and settings of a statement's own
 READING_SETTINGS = {**SETTINGS, "final": 1, "readonly": 2}
@@ -124,7 +126,8 @@ class Server:
     def __init__(self, place: str, options: dict[str, Any]):
         self.place = place  # as messages call it
         self.guard = threading.RLock()
-        self.versions: dict[str, int] = {}  # table name: the last version that was written here
+        # dataset: the last version that was written here or found, and the time since which it was looked for, or None
+        self.versions: dict[str, tuple[int, Any]] = {}
         self._options = options
         self._connecting = threading.Lock()
         self._clients: dict[bool, Client] = {}
@@ -142,6 +145,17 @@ class Server:
                 with told(f"a connection to {self.place}; is it up, and does the URL name its host and user?"):
                     self._clients[reads] = clickhouse_connect.get_client(**self._options, settings=settings)
             return self._clients[reads]
+
+    def insert(self, table: str, rows: pl.DataFrame) -> None:
+        """Insert the rows, all of which the engine has when this returns."""
+        import polars as pl
+
+        buffer = io.BytesIO()
+        rows.write_ipc_stream(buffer, compat_level=pl.CompatLevel.oldest())
+        with told("an insert"):
+            self.client().raw_insert(
+                table, column_names=rows.columns, insert_block=buffer.getvalue(), fmt="ArrowStream"
+            )
 
     def microseconds(self) -> int:
         """Return the time on the server's clock, which all of its writers share."""
@@ -211,18 +225,14 @@ class ClickHouseStore:
             if batch.mode is Mode.APPEND:
                 rows, written = frame, Written(inserted=frame.height)
             else:
-                import polars as pl
-
                 split = classify.split(frame, self._with_keys(dataset, schema, frame), schema, absent=absent)
-                rows = pl.concat([split.new, split.changed])
-                written = Written(split.new.height, split.changed.height, split.equal)
-            self._insert(dataset, rows)
+                added = int(split.added.sum())
+                rows, written = split.put, Written(added, split.put.height - added, split.equal)
+            self._insert(dataset, schema, rows)
             self._commit(dataset, marker, batch.lane, batch.seq)
             return written
 
     def replace(self, dataset: str, schema: Schema, frame: pl.DataFrame, span: Filter) -> Written:
-        import polars as pl
-
         with self._engine.guard:
             _, stored = self._table(dataset)
             put, absent = self._admitted(dataset, frame, schema, stored)
@@ -230,8 +240,8 @@ class ClickHouseStore:
             split = classify.split(put, self._with_keys(dataset, stored, put), stored, absent=absent)
             there = self._select(dataset, stored, [*stored.names, *SYSTEM_COLUMNS], self._where(dataset, stored, span))
             gone = there.join(put, on=list(stored.key), how="anti")
-            self._insert(dataset, pl.concat([split.new, split.changed]))
-            self._insert(dataset, gone, deleted=True)
+            self._insert(dataset, stored, split.put)
+            self._insert(dataset, stored, gone, deleted=True)
             return Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
 
     # reading
@@ -310,7 +320,7 @@ class ClickHouseStore:
             _, schema = self._table(dataset)
             names = [*schema.names, *SYSTEM_COLUMNS]
             gone = self._select(dataset, schema, names, self._where(dataset, schema, filter))
-            self._insert(dataset, gone, deleted=True)
+            self._insert(dataset, schema, gone, deleted=True)
             return gone.height
 
     def datasets(self) -> list[str]:
@@ -487,10 +497,7 @@ class ClickHouseStore:
         if frame.is_empty():
             where.append("0")
         elif schema.time is not None and schema.time in schema.key:
-            low, high = frame[schema.time].min(), frame[schema.time].max()
-            where += [f"{_quoted(schema.time)} >= {_instant(low, schema)}"]
-            # Python cuts nanoseconds, so the end is one microsecond later
-            where += [f"{_quoted(schema.time)} <= {_instant(high, schema, later=True)}"]
+            where += _between(schema, frame[schema.time].min(), frame[schema.time].max())
         if schema.subject is not None and schema.subject in schema.key and frame.height:
             subjects = frame[schema.subject].unique().sort().to_list()
             name = _quoted(schema.subject)
@@ -541,38 +548,39 @@ class ClickHouseStore:
         found = self._frame(f"SELECT {columns} FROM {_table_name(dataset)} FINAL {_all(where)}")
         return found.cast({name: types[name] for name in names})  # pyright: ignore[reportArgumentType]
 
-    def _insert(self, dataset: str, rows: pl.DataFrame, *, deleted: bool = False) -> None:
+    def _insert(self, dataset: str, schema: Schema, rows: pl.DataFrame, *, deleted: bool = False) -> None:
         import polars as pl
 
         if rows.is_empty():
             return
-        versions = self._engine.versions
-        if dataset not in versions:
-            found = self._frame(f"SELECT max({_VERSION}) AS last FROM {_table_name(dataset)}")
-            versions[dataset] = int(found["last"][0] or 0)
+        last, since = self._last_version(dataset, schema, rows)
         # later than every version before, also when the clock was set back
-        version = versions[dataset] = max(self._engine.microseconds(), versions[dataset] + 1)
+        version = max(self._engine.microseconds(), last + 1)
+        self._engine.versions[dataset] = version, since
         rows = rows.with_columns(
             pl.lit(version, pl.UInt64()).alias(_VERSION), pl.lit(int(deleted), pl.UInt8()).alias(_DELETED)
         )
-        self._put(_table_name(dataset), rows)
+        self._engine.insert(_table_name(dataset), rows)
+
+    def _last_version(self, dataset: str, schema: Schema, rows: pl.DataFrame) -> tuple[int, Any]:
+        """Return the last version that a key of these rows can have, and since which time it was looked for: since
+        theirs, where the time is part of the key, so that new rows cost no more the more old ones there are."""
+        last, since = self._engine.versions.get(dataset, (-1, None))
+        where, first = [], None
+        if schema.time is not None and schema.time in schema.key:
+            first = rows[schema.time].min()
+            where = _between(schema, first, since)
+        if last >= 0 and (first is None or first >= since):
+            return last, since
+        found = self._frame(f"SELECT max({_VERSION}) AS last FROM {_table_name(dataset)} {_all(where)}")["last"][0]
+        return max(int(found or 0), last), first
 
     def _commit(self, dataset: str, marker: str, lane: str, seq: int) -> None:
-        import polars as pl
-
         provider, _ = location.split(dataset)
-        row = pl.DataFrame({"marker": [marker], "lane": [lane], "seq": [seq]}, schema_overrides={"seq": pl.UInt64()})
-        self._put(f"{_quoted(provider)}.{_COMMITS}", row)
-
-    def _put(self, table: str, rows: pl.DataFrame) -> None:
-        import polars as pl
-
-        buffer = io.BytesIO()
-        rows.write_ipc_stream(buffer, compat_level=pl.CompatLevel.oldest())
-        with told("an insert"):
-            self._engine.client().raw_insert(
-                table, column_names=rows.columns, insert_block=buffer.getvalue(), fmt="ArrowStream"
-            )
+        self._command(
+            f"INSERT INTO {_quoted(provider)}.{_COMMITS} (marker, lane, seq) "
+            f"SELECT {_literal(marker)}, {_literal(lane)}, {seq}"
+        )
 
     def _committed(self, dataset: str, marker: str, lane: str) -> int:
         provider, _ = location.split(dataset)
@@ -654,6 +662,14 @@ def _all(conditions: Sequence[str]) -> str:
 
 def _day(bound: date | datetime) -> date:
     return bound.date() if isinstance(bound, datetime) else bound
+
+
+def _between(schema: Schema, first: Any, last: Any) -> list[str]:
+    """Return the conditions for times from the first to the last, without an end for None."""
+    time = _quoted(schema.time)
+    where = [f"{time} >= {_instant(first, schema)}"]
+    # Python cuts nanoseconds, so the end is one microsecond later
+    return where if last is None else [*where, f"{time} <= {_instant(last, schema, later=True)}"]
 
 
 def _instant(value: Any, schema: Schema, *, later: bool = False) -> str:

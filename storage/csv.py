@@ -640,10 +640,7 @@ def _by_file(dataset: str, frame: pl.DataFrame, schema: Schema) -> dict[str, tup
 
 
 def _change(dataset: str, schema: Schema, split: classify.Split, out: pl.DataFrame, files: Iterable[str]) -> _Change:
-    import polars as pl
-
-    put = _by_file(dataset, pl.concat([split.new, split.changed]), schema)
-    return _Change(put, _out(dataset, schema, out, files))
+    return _Change(_by_file(dataset, split.put, schema), _out(dataset, schema, out, files))
 
 
 def _out(dataset: str, schema: Schema, keys: pl.DataFrame, files: Iterable[str]) -> dict[str, pl.DataFrame]:

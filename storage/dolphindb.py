@@ -155,7 +155,6 @@ class DolphinStore:
             return 0 if found is None else self._seq(found.marker, lane)
 
     def write(self, batch: Batch) -> Written:
-        import polars as pl
 
         dataset = batch.dataset
         with self._asking(f"writing to {dataset}"):
@@ -166,7 +165,7 @@ class DolphinStore:
             put, written = frame, Written(inserted=frame.height)
             if batch.mode is Mode.UPSERT:
                 split = classify.split(frame, self._with_keys(table, frame), table.schema, absent=absent)
-                put = pl.concat([split.new, split.changed])
+                put = split.put
                 written = Written(split.new.height, split.changed.height, split.equal)
             self._append(table, put)
             self._commit(table.marker, batch.lane, batch.seq)
@@ -184,7 +183,7 @@ class DolphinStore:
             there = pl.concat(self._blocks(self._open, table, table.schema.key, where, values))
             gone = there.join(put, on=list(table.schema.key), how="anti")
             # last, so that a row is never missing that is to stay
-            self._append(table, pl.concat([split.new, split.changed]))
+            self._append(table, split.put)
             self._remove(table, gone)
             return Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
 

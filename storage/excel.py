@@ -334,9 +334,8 @@ def _changed(
     """Return the rows with what is new and changed and without what is gone; None when all stay as they are."""
     import polars as pl
 
-    put = pl.concat([split.new, split.changed])
-    out = put if gone is None else pl.concat([put, gone])
-    return pl.concat([rows.join(out, on=list(schema.key), how="anti"), put]) if out.height else None
+    out = split.put if gone is None else pl.concat([split.put, gone])
+    return pl.concat([rows.join(out, on=list(schema.key), how="anti"), split.put]) if out.height else None
 
 
 def _order(schema: Schema) -> list[str]:

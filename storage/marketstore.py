@@ -324,9 +324,7 @@ class MarketStore:
             self._send(table, split.new)
             self._remove(table, split.changed, split.changed)
         else:
-            import polars as pl
-
-            self._send(table, pl.concat([split.new, split.changed]))
+            self._send(table, split.put)
         if table.layout.ticks:
             self._check(table, frame)
         return Written(split.new.height, split.changed.height, split.equal)

@@ -140,6 +140,18 @@ def test_a_later_write_wins_when_the_clock_was_set_back(store, monkeypatch: pyte
     again.close()
 
 
+def test_a_later_write_of_older_rows_wins_when_the_clock_was_set_back(store, monkeypatch: pytest.MonkeyPatch):
+    store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 1))
+    store.close()
+    again = open_store(store.url)
+    monkeypatch.setattr(storage.chdb.time, "time_ns", lambda: 0)
+    assert again.write(batch(NAME, bars(first=5000, add=1.0), 2)) == Written(inserted=96)
+    assert again.write(batch(NAME, bars(add=1.0), 3)) == Written(updated=96)
+    assert again.scan(NAME).select(pl.col("close").min()).collect().item() == 1.0
+    again.close()
+
+
 def test_more_subjects_than_a_statement_lists_are_found(store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage.clickhouse, "_LISTED_SUBJECTS", 10)
     store.ensure(NAME, BARS)
