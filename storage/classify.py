@@ -42,18 +42,25 @@ class Split:
 
 
 def split(
-    batch: pl.DataFrame, existing: pl.DataFrame, schema: Schema, *, absent: Sequence[str] = (), tag: str | None = None
+    batch: pl.DataFrame,
+    existing: pl.DataFrame,
+    schema: Schema,
+    *,
+    absent: Sequence[str] = (),
+    tag: str | None = None,
+    by: Sequence[str] = (),
 ) -> Split:
     """Classify `batch` (unique keys) against `existing`, which holds at least every row that has one of its keys.
 
     `absent` names columns that the batch cannot know: they are not compared, and a changed row keeps the old value.
     `tag` names a column of `existing` (say, the file a row is in) whose values for replaced rows come back as `tags`.
-    A key that `existing` holds more than once counts as changed, so that writing it heals the table.
+    `by` names columns of both that stand for the key. A key that `existing` holds more than once counts as changed, so
+    that writing it heals the table.
     """
     import polars as pl
 
-    key = list(schema.key)
-    compared = [name for name in schema.names if name not in key and name not in absent]
+    key = list(by or schema.key)
+    compared = [name for name in schema.names if name not in schema.key and name not in absent]
     pairs = _pairs(batch.select(key), existing.select(key), key)
     same = pl.all_horizontal(_equal(name, schema[name].type) for name in compared) if compared else pl.lit(True)
     pairs = pairs.with_columns(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import SchemaConflict, StoreError
@@ -68,20 +69,31 @@ def ids(frame: pl.DataFrame, schema: Schema) -> pl.Series:
     return frame.select(pl.concat_str(parts, separator=" ").alias("_id")).to_series()
 
 
+def identified(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """Return the frame with the `_id` of each row, as the first column."""
+    import polars as pl
+
+    return frame if "_id" in frame.columns else frame.select(ids(frame, schema), pl.all())
+
+
 def to_documents(frame: pl.DataFrame, schema: Schema) -> list[Document]:
     """Return one document a row, `_id` first, then the frame's columns in order."""
-    fields: dict[str, list] = {"_id": ids(frame, schema).to_list()}
+    fields: dict[str, list] = {}
     sparse = False
-    for name in frame.columns:
-        values = frame[name]
+    for values in identified(frame, schema).iter_columns():
+        name = values.name
         sparse = sparse or values.null_count() > 0
-        fields[name], fine = _values(values, _type(schema, name))
+        # most batches are one segment, which came at one time: what is the same in each row is made once
+        one = name in SYSTEM_COLUMNS and values.n_unique() == 1
+        given, fine = _values(values.head(1) if one else values, _type(schema, name))
+        fields[name] = given * frame.height if one else given
         if fine is not None:
-            fields[name + FINE], sparse = fine, True
+            fields[name + FINE] = fine * frame.height if one else fine
+            sparse = sparse or None in fine
     names = list(fields)
     rows = zip(*fields.values(), strict=True)
     if not sparse:
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return list(map(dict, map(zip, repeat(names), rows)))
     return [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows]
 
 
@@ -160,7 +172,7 @@ def before(subject: str) -> str:
 def _type(schema: Schema, name: str) -> ColumnType:
     if name in schema:
         return schema[name].type
-    return ColumnType.STR if name == SYSTEM_COLUMNS[0] else ColumnType.DATETIME
+    return ColumnType.STR if name in ("_id", SYSTEM_COLUMNS[0]) else ColumnType.DATETIME
 
 
 def _written(values: pl.Series, type_: ColumnType) -> pl.Series:

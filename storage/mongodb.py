@@ -622,7 +622,9 @@ class MongoStore:
 
         written = Written()
         for part in frame.iter_slices(_ROWS_AT_ONCE):
-            split = classify.split(part, self._there(dataset, schema, part, session), schema, absent=absent)
+            part = documents.identified(part, schema)
+            there = self._there(dataset, schema, part, session)
+            split = classify.split(part, there, schema, absent=absent, by=["_id"])
             put = split.changed
             if session is None:
                 written += self._append(dataset, schema, split.new, absent)
@@ -639,28 +641,34 @@ class MongoStore:
         return written
 
     def _there(self, dataset: str, schema: Schema, frame: pl.DataFrame, session: ClientSession | None) -> pl.DataFrame:
-        """Return at least the rows that have a key of the frame."""
+        """Return at least the rows that have an `_id` of the frame, which stands for their key."""
+        import bson
         import polars as pl
 
-        ids = documents.ids(frame, schema)
         by = frame[schema.subject] if schema.subject in schema.key else pl.repeat("", frame.height, eager=True)
         single: list[str] = []
         found: list[Document] = []
-        asked = documents.projection(schema.names, schema)
-        for (_,), run in pl.DataFrame({"id": ids, "by": by}).group_by("by", maintain_order=True):
-            rows = list(run["id"])
-            if len(rows) >= _RUN_ROWS:
+        names = ["_id", *(name for name in schema.names if name not in schema.key)]
+
+        def find(query: Document, limit: int = 0) -> list[Document]:
+            asked = documents.projection(names, schema)
+            parts = self._collection(dataset).find_raw_batches(query, asked, session=session, limit=limit)
+            # each part is the bytes of many documents, whatever the driver's types say
+            return [row for part in parts for row in bson.decode_all(part)]  # pyright: ignore[reportArgumentType]
+
+        for (_,), run in pl.DataFrame({"id": frame["_id"], "by": by}).group_by("by", maintain_order=True):
+            rows = run["id"]
+            if run.height >= _RUN_ROWS:
                 # most runs have no gaps: a range is one search where single rows are one each
-                enough = 2 * len(rows) + 100
-                span = {"_id": {"$gte": min(rows), "$lte": max(rows)}}
-                near = list(self._collection(dataset).find(span, asked, session=session, limit=enough))
+                enough = 2 * run.height + 100
+                near = find({"_id": {"$gte": rows.min(), "$lte": rows.max()}}, enough)
                 if len(near) < enough:
                     found += near
                     continue
-            single += rows
+            single += rows.to_list()
         if single:
-            found += self._collection(dataset).find({"_id": {"$in": single}}, asked, session=session)
-        return documents.from_documents(found, schema.names, schema)
+            found += find({"_id": {"$in": single}})
+        return documents.from_documents(found, names, schema)
 
     def _found(
         self, dataset: str, queries: Sequence[Document], asked: Document, session: ClientSession | None = None

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 
+import bson
 import polars as pl
 import pymongo
 import pytest
@@ -72,6 +73,16 @@ def test_a_row_is_a_document_that_a_person_would_have_made(store, database):
     day = {"_id": {"$gte": "NA 2001-01-31", "$lt": "NA 2001-02-01"}}
     assert database[DATASET].count_documents(day) == 24
     assert database[DATASET].count_documents({"volume": None}) == 96
+
+
+def test_the_documents_of_a_batch_are_byte_for_byte_those_of_each_row_alone():
+    """What is the same in each row of a batch is made once; that must not be seen, nor an `_id` that is there."""
+    one, two = bars(rows=3), bars(first=3, rows=2, segment="s2")
+    late = two.with_columns(pl.col("_ingested_at").dt.truncate("1s"), close=None).cast({"close": pl.Float64})
+    for frame in (one, pl.concat([one, two]), late, pl.concat([one, late]), one.head(0)):
+        alone = [documents.to_documents(row, BARS)[0] for row in frame.iter_slices(1)]
+        for put in (frame, documents.identified(frame, BARS)):
+            assert list(map(bson.encode, documents.to_documents(put, BARS))) == list(map(bson.encode, alone))
 
 
 def test_a_span_of_one_subject_is_a_range_of_ids():
