@@ -291,14 +291,18 @@ class DolphinStore:
 
         default_logger.disable_stdout_sink()
         place = self._place
-        session = dolphindb.Session(enableSSL=place.ssl, compress=place.compress, show_output=False)
-        session.msg_logger.disable_stdout_sink()
         wait = timedelta(seconds=place.timeout_seconds)
-        if not session.connect(place.host, place.port, place.user, place.password, netTimeout=wait):
-            raise StoreError(
-                f"no connection to DolphinDB at {place.host}:{place.port}; is the server up, and does the URL name its "
-                "host and port?"
-            )
+        # who listens there and never answers is found by a session that waits so long; a script may take longer
+        for answer in (wait, None):
+            session = dolphindb.Session(enableSSL=place.ssl, compress=place.compress, show_output=False)
+            session.msg_logger.disable_stdout_sink()
+            if not session.connect(place.host, place.port, place.user, place.password, netTimeout=wait, timeout=answer):
+                raise StoreError(
+                    f"no connection to DolphinDB at {place.host}:{place.port}; is the server up, and does the URL name "
+                    "its host and port?"
+                )
+            if answer:
+                session.close()
         return session
 
     @contextmanager

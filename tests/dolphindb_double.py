@@ -107,7 +107,16 @@ class Session:
         self.reading = False
         self._values: dict[str, Any] = {}
 
-    def connect(self, host: str, port: int, userid: str, password: str, *, netTimeout: timedelta) -> bool:
+    def connect(
+        self,
+        host: str,
+        port: int,
+        userid: str,
+        password: str,
+        *,
+        netTimeout: timedelta,
+        timeout: timedelta | None = None,
+    ) -> bool:
         if (host, port) != (HOST, PORT) or not Path(os.environ[FOLDER]).is_dir():
             return False
         if (userid, password) != (USER, PASSWORD):

@@ -26,9 +26,11 @@ def silent():
 
 
 @pytest.fixture
-def closed() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
+def closed():
+    """A port that nobody else can get, and that takes no connection."""
+    with closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        yield server.getsockname()[1]
 
 
 def written(folder: Path, stores: dict[str, str]) -> Path:
