@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
 
 # nothing that runs here reports to anybody
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -32,10 +33,10 @@ quickstart: env-quickstart ## fetch, store, break and repair a small market on t
 install: env-all ## the application with every engine and Prefect, in .venv
 
 test: env-test ## the everyday tests (ARGS="-k words" chooses)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-all: env-test ## every test, the slow ones too
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 CHECKS := check-style check-types check-layers check-tree check-docs
 check: env-test ## style, types, layers, documentation, and what must not be in the tree

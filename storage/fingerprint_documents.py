@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from marketsync.schema import ColumnType, Period
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 _DAY_MILLIS = 86_400_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Expression = Any
 
 
@@ -68,10 +70,15 @@ def frame(plan: Plan, documents: Sequence[Document]) -> pl.DataFrame:
 
 def _segment(at: str, period: Period) -> Expression:
     if period is Period.DAY:
-        return {"$toLong": {"$floor": {"$divide": [{"$toLong": at}, _DAY_MILLIS]}}}
+        return {"$toLong": {"$floor": {"$divide": [_millis(at), _DAY_MILLIS]}}}
     if period is Period.YEAR:
         return {"$year": at}
     return {"$add": [{"$multiply": [{"$year": at}, 12]}, {"$month": at}, -1]}
+
+
+def _millis(x: Expression) -> Expression:
+    # of two dates the difference is whole everywhere; not every server converts one without a double in between
+    return {"$subtract": [x, _EPOCH]}
 
 
 class _Documents:
@@ -84,11 +91,11 @@ class _Documents:
         if type_ is ColumnType.BOOL:
             return {"$switch": {"branches": [_case(x, True, 1), _case(x, False, 0)], "default": None}}
         if type_ is ColumnType.DATE:
-            return {"$toLong": {"$divide": [{"$toLong": x}, _DAY_MILLIS]}}
+            return {"$toLong": {"$divide": [_millis(x), _DAY_MILLIS]}}
         if type_ in (ColumnType.DATETIME, ColumnType.DATETIME_NS):
             unit = 1_000 if type_ is ColumnType.DATETIME else 1  # nanoseconds
             fine = {"$toLong": {"$divide": [{"$ifNull": [x + FINE, 0]}, unit]}}
-            return {"$add": [{"$multiply": [{"$toLong": x}, Int64(1_000_000 // unit)]}, fine]}
+            return {"$add": [{"$multiply": [_millis(x), Int64(1_000_000 // unit)]}, fine]}
         return x
 
     def constant(self, number: int) -> Expression:

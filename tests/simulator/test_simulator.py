@@ -9,6 +9,7 @@ source, the spool empty, and nothing to ask.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from typing import Any
@@ -31,6 +32,8 @@ def _quiet():
     yield
     logging.disable(logging.NOTSET)
 
+
+LIVES = int(os.environ.get("MARKETSYNC_TEST_LIVES", "400"))  # in the slow tests
 
 # A failure is told as it was found: shrinking a world of runs takes many minutes (add Phase.shrink to have it done).
 EVERYDAY = settings(
@@ -282,7 +285,7 @@ def test_whatever_happens_the_stores_end_up_equal_to_the_source(scenario: tuple[
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @given(scenarios())
-@settings(EVERYDAY, max_examples=400)
+@settings(EVERYDAY, max_examples=LIVES)
 def test_whatever_happens_very_often_the_stores_end_up_equal_to_the_source(
     scenario: tuple[Settings, Source, list[Any]],
 ):

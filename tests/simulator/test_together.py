@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_world import KINDS, Settings, Source, World
-from test_simulator import EVERYDAY, brought_to_an_end
+from test_simulator import EVERYDAY, LIVES, brought_to_an_end
 
 from marketsync.report import RunState
 
@@ -151,7 +151,7 @@ def sharings(draw: st.DrawFn) -> tuple[Settings, Source, list[tuple[int, float]]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @given(sharings())
-@settings(EVERYDAY, max_examples=200)
+@settings(EVERYDAY, max_examples=LIVES // 2)
 def test_whatever_processes_do_to_one_another_the_stores_end_up_equal_to_the_source(sharing):
     chosen, source, order, crash_at, faults, processes = sharing
     with World(chosen, source) as world:

@@ -152,6 +152,7 @@ def hostile(capabilities: Capabilities) -> pl.DataFrame:
         datetime(1905, 3, 4, 5, 6, 7, 8, tzinfo=UTC),
         datetime(2262, 1, 1, tzinfo=UTC),
         datetime(2001, 9, 9, 1, 46, 40, 1, tzinfo=UTC),
+        datetime(1974, 5, 1, 0, 0, 1, 3000, tzinfo=UTC),  # in seconds a double that is a little less
         None,
     ]
     nanos = pl.Series([-1_000, 1_234_567_890_123_456_000, 0, None], dtype=pl.Int64)
