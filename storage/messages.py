@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote, unquote
 
 from marketsync.errors import StoreError
-from marketsync.schema import ColumnType, Schema
+from marketsync.schema import Schema
 from storage.protocol import Filter
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class Format(StrEnum):
 
 Compression = Literal["uncompressed", "lz4", "zstd"]
 REPLACE, DELETE = "replace", "delete"  # what a message can be beside the modes of a write
-_INSTANTS = {ColumnType.DATETIME: ("us", "%.6f"), ColumnType.DATETIME_NS: ("ns", "%.9f")}
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,9 @@ def _from_json(lines: Sequence[bytes], schema: Schema) -> pl.DataFrame:
         if type_ == pl.Date:
             columns[name] = pl.Series(values, dtype=pl.String).str.to_date("%Y-%m-%d")
         elif isinstance(type_, pl.Datetime):
-            unit, fraction = _INSTANTS[ColumnType.DATETIME_NS if type_.time_unit == "ns" else ColumnType.DATETIME]
             texts = pl.Series(values, dtype=pl.String)
-            read = texts.str.to_datetime(f"%Y-%m-%dT%H:%M:%S{fraction}%:z", time_unit=unit)  # pyright: ignore[reportArgumentType]
+            # as many digits as there are: polars writes three of a whole millisecond
+            read = texts.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit=type_.time_unit)
             columns[name] = read.dt.convert_time_zone("UTC")
         elif type_ == pl.Float32:
             columns[name] = pl.Series(values, dtype=pl.Float64).cast(pl.Float32)
