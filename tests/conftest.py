@@ -31,8 +31,13 @@ def require(module: str, package: str) -> None:
 
 @pytest.fixture(scope="session")
 def calendars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trading calendars as a state folder keeps them: what one place has worked out, the next need not."""
-    return tmp_path_factory.mktemp("calendars")
+    """The trading calendars of a state folder, for all places and all workers: what one has worked out is read here by
+    the others (a file appears whole)."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "calendars").mkdir(exist_ok=True)
+    return folder / "calendars"
 
 
 @pytest.fixture(scope="session")

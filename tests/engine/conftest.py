@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,11 @@ def place(tmp_path: Path, calendars: Path) -> Iterator[Callable[..., Place]]:
         running.append(replica)
         replica.start()
         folder = tmp_path / f"place-{len(running)}"
-        shutil.copytree(calendars, folder / ".marketsync" / "calendars")
+        (folder / ".marketsync").mkdir(parents=True)
+        (folder / ".marketsync" / "calendars").symlink_to(calendars)
         return Place(folder, replica)
 
     yield made
     close_workspaces()
     for replica in running:
         replica.stop()
-    for known in tmp_path.glob("place-*/.marketsync/calendars"):
-        shutil.copytree(known, calendars, dirs_exist_ok=True)
