@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from marketsync.schema import ColumnType, Schema
+from storage.protocol import Written
 
 if TYPE_CHECKING:
     import polars as pl
@@ -39,6 +40,11 @@ class Split:
     @cached_property
     def changed(self) -> pl.DataFrame:
         return self.put.filter(~self.added)
+
+    def written(self, deleted: int = 0) -> Written:
+        """Return what a write did that put these rows in, and took so many others out."""
+        added = int(self.added.sum())
+        return Written(added, self.put.height - added, self.equal, deleted=deleted)
 
 
 def split(

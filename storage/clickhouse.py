@@ -226,8 +226,7 @@ class ClickHouseStore:
                 rows, written = frame, Written(inserted=frame.height)
             else:
                 split = classify.split(frame, self._with_keys(dataset, schema, frame), schema, absent=absent)
-                added = int(split.added.sum())
-                rows, written = split.put, Written(added, split.put.height - added, split.equal)
+                rows, written = split.put, split.written()
             self._insert(dataset, schema, rows)
             self._commit(dataset, marker, batch.lane, batch.seq)
             return written
@@ -242,7 +241,7 @@ class ClickHouseStore:
             gone = there.join(put, on=list(stored.key), how="anti")
             self._insert(dataset, stored, split.put)
             self._insert(dataset, stored, gone, deleted=True)
-            return Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
+            return split.written(deleted=gone.height)
 
     # reading
 

@@ -193,7 +193,7 @@ class CsvStore:
                 return _Change(_by_file(dataset, frame, state.schema)), Written(inserted=frame.height)
             there = self._with_keys(dataset, state, frame, kept)
             split = classify.split(frame, there, state.schema, absent=absent, tag=_FILE)
-            written = Written(split.new.height, split.changed.height, split.equal)
+            written = split.written()
             return _change(dataset, state.schema, split, split.changed, split.tags), written
 
         return self._commit(dataset, decide, lane=batch.lane, seq=batch.seq)
@@ -209,8 +209,8 @@ class CsvStore:
             split = classify.split(put, there, state.schema, absent=absent, tag=_FILE)
             key = list(state.schema.key)
             gone = self._found(dataset, state, span, kept).select(*key, _FILE).join(put, on=key, how="anti")
-            written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
-            if not (split.new.height or split.changed.height or gone.height):
+            written = split.written(deleted=gone.height)
+            if not (split.put.height or gone.height):
                 return None, written
             out = pl.concat([split.changed.select(key), gone.select(key)])
             return _change(dataset, state.schema, split, out, {*split.tags, *gone[_FILE].unique()}), written

@@ -138,7 +138,7 @@ def queries(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
         return [_all(_within(schema, since, until))]
     if order[0] != schema.subject:
         return by_fields(dataset, filter, schema)
-    groups = [subjects[start : start + SUBJECTS_A_QUERY] for start in range(0, len(subjects), SUBJECTS_A_QUERY)]
+    groups = filters.groups(subjects, SUBJECTS_A_QUERY)
     if len(order) == 1:
         named = [[_escaped(each) for each in group] for group in groups]
         return [_all([{"_id": {"$in": group}}, *_within(schema, since, until)]) for group in named]
@@ -160,7 +160,7 @@ def by_fields(dataset: str, filter: Filter, schema: Schema) -> list[Document]:
     subjects = filters.subjects(dataset, filter, schema)
     if subjects is None:
         return [_all(within)]
-    groups = [subjects[start : start + SUBJECTS_A_QUERY] for start in range(0, len(subjects), SUBJECTS_A_QUERY)]
+    groups = filters.groups(subjects, SUBJECTS_A_QUERY)
     return [_all([{schema.subject or "": {"$in": group}}, *within]) for group in groups]
 
 

@@ -155,7 +155,6 @@ class DolphinStore:
             return 0 if found is None else self._seq(found.marker, lane)
 
     def write(self, batch: Batch) -> Written:
-
         dataset = batch.dataset
         with self._asking(f"writing to {dataset}"):
             table = self._table(dataset)
@@ -166,7 +165,7 @@ class DolphinStore:
             if batch.mode is Mode.UPSERT:
                 split = classify.split(frame, self._with_keys(table, frame), table.schema, absent=absent)
                 put = split.put
-                written = Written(split.new.height, split.changed.height, split.equal)
+                written = split.written()
             self._append(table, put)
             self._commit(table.marker, batch.lane, batch.seq)
             return written
@@ -185,7 +184,7 @@ class DolphinStore:
             # last, so that a row is never missing that is to stay
             self._append(table, split.put)
             self._remove(table, gone)
-            return Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
+            return split.written(deleted=gone.height)
 
     def delete(self, dataset: str, filter: Filter) -> int:
         with self._asking(f"deleting rows of {dataset}"):

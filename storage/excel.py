@@ -141,7 +141,7 @@ class ExcelStore:
             if batch.mode is Mode.APPEND:
                 return after, pl.concat([rows, frame]), Written(inserted=frame.height)
             split = classify.split(frame, rows, state.schema, absent=absent)
-            written = Written(split.new.height, split.changed.height, split.equal)
+            written = split.written()
             return after, _changed(rows, split, None, state.schema), written
 
         return self._commit(dataset, decide)
@@ -154,7 +154,7 @@ class ExcelStore:
             rows = self._rows(dataset, state)
             split = classify.split(put, rows, state.schema, absent=absent)
             gone = _of(rows, dataset, span, state.schema).join(put, on=list(state.schema.key), how="anti")
-            written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
+            written = split.written(deleted=gone.height)
             return state, _changed(rows, split, gone, state.schema), written
 
         return self._commit(dataset, decide)

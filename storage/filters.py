@@ -5,10 +5,11 @@ Half-open: `since` is in, `until` is out. A date stands for its midnight in UTC.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from functools import reduce
 from operator import and_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from marketsync.errors import SchemaError
 from marketsync.schema import SYSTEM_COLUMNS, ColumnType, Period, Schema
@@ -17,6 +18,8 @@ from storage.protocol import Filter
 
 if TYPE_CHECKING:
     import polars as pl
+
+_Item = TypeVar("_Item")
 
 # admission lets in the years between these
 _FIRST_NANO = datetime(1678, 1, 1, tzinfo=UTC)
@@ -37,6 +40,12 @@ def bounds(dataset: str, filter: Filter, schema: Schema) -> tuple[date | datetim
         None if filter.since is None else fit(filter.since),
         None if filter.until is None else fit(filter.until),
     )
+
+
+def groups(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
+    """Yield the items, as many at once as an engine takes in one question."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def subjects(dataset: str, filter: Filter, schema: Schema) -> list[str] | None:

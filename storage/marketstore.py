@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from marketsync.errors import CapabilityError, ConfigurationError, SchemaConflict, StoreError
@@ -68,7 +68,6 @@ _TICK_SECONDS = (60, 86_400)  # that are asked for at once, at least and at most
 _FIRST_SECOND, _LAST_SECOND = 1, 9_214_646_399
 _LAYOUT = "timeframe"
 _REWRITE = "rewrite: "
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class MarketStore:
         newest: dict[str, datetime | date] = {}
         hours = table.notes.noted_hours(_FIRST_SECOND, _LAST_SECOND)
         subjects = self._subjects(table, None) if hours else {}
-        for some in _groups(list(subjects.items()), _KEYS_AT_ONCE):
+        for some in filters.groups(list(subjects.items()), _KEYS_AT_ONCE):
             whole = [
                 Range(table.key(symbol), max(hours[0] * 3600, _FIRST_SECOND), hours[-1] * 3600 + 3599, columns, True)
                 for _, symbol in some
@@ -327,7 +326,7 @@ class MarketStore:
             self._send(table, split.put)
         if table.layout.ticks:
             self._check(table, frame)
-        return Written(split.new.height, split.changed.height, split.equal)
+        return split.written()
 
     def _beside(self, table: _Table, frame: pl.DataFrame) -> pl.DataFrame:
         """Return the rows that are there of the frame's subjects, from its first instant of each to its last."""
@@ -335,7 +334,7 @@ class MarketStore:
 
         names = table.schema.names
         found = [pl.DataFrame(schema=table.schema.polars())]
-        for some in _groups(list(self._parts(table, frame).items()), _KEYS_AT_ONCE):
+        for some in filters.groups(list(self._parts(table, frame).items()), _KEYS_AT_ONCE):
             spans = {subject: _seconds(*_ends(part, table.schema)) for subject, part in some}
             there = self._subjects(table, list(spans))
             found += self._frames(table, there, *_around(spans.values()), names, spans=spans)
@@ -525,7 +524,7 @@ class MarketStore:
             return
         needed = table.layout.needed(names)
         within = _windows(table.notes.noted_hours(start, end), start, end, table.layout)
-        for some in _groups(list(subjects.items()), _TICK_KEYS_AT_ONCE if table.layout.ticks else _KEYS_AT_ONCE):
+        for some in filters.groups(list(subjects.items()), _TICK_KEYS_AT_ONCE if table.layout.ticks else _KEYS_AT_ONCE):
             pace = _Pace(table.layout, len(some))
             for first, last in pace.cut(within):
                 asked = [
@@ -613,11 +612,6 @@ def _ends(part: pl.DataFrame, schema: Schema) -> tuple[date | datetime, date | d
 
 def _around(spans: Collection[tuple[int, int]]) -> tuple[int, int]:
     return min(first for first, _ in spans), max(last for _, last in spans)
-
-
-def _groups(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
-    for at in range(0, len(items), size):
-        yield items[at : at + size]
 
 
 def _windows(hours: Sequence[int], start: int, end: int, layout: Layout) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from marketsync.errors import ForeignTable, SchemaConflict, StoreError
 from marketsync.schema import ColumnType, Period, Schema
-from storage import admission, classify, documents, lazyframes
+from storage import admission, classify, documents, filters, lazyframes
 from storage.documents import FINE, Document
 from storage.protocol import Capabilities, Filter, Writers, Written
 
@@ -189,7 +189,7 @@ class Series:
         last = {each["_id"]: {name: each["newest"]} for each in self.rows.aggregate(stages, allowDiskUse=True)}
         if self.schema[name].type is not ColumnType.DATE:
             either = [{name: row[name], **({subject: each} if subject else {})} for each, row in last.items()]
-            for some in _groups(either, documents.SUBJECTS_A_QUERY):
+            for some in filters.groups(either, documents.SUBJECTS_A_QUERY):
                 finer = {"$and": [{"$or": some}, {name + FINE: {"$exists": True}}]}
                 for row in self.rows.find(finer, {"_id": 0, name + FINE: 1, **({subject: 1} if subject else {})}):
                     there = last[row[subject] if subject else None]
@@ -232,7 +232,7 @@ class Series:
             twins = there.filter(~self._counts(there))
             self._take_out([found[place] for place in twins.get_column(_PLACE)])
         self.tables.update_one({"_id": self.identity}, {"$pull": {_NOTES: {"id": note}}})
-        return Written(split.new.height, split.changed.height, split.equal)
+        return split.written()
 
     def _ranked(self, found: Sequence[Document], names: Sequence[str]) -> pl.DataFrame:
         import polars as pl
@@ -259,8 +259,8 @@ class Series:
     def _take_out(self, found: Sequence[Document]) -> int:
         """Delete these documents; `found` need have the fields of the index only."""
         deleted = 0
-        for some in _groups(sorted(found, key=lambda row: [row[name] for name in self._by]), _IDS_AT_ONCE):
-            times = [row[self.schema.time] for row in some]
+        for some in filters.groups(sorted(found, key=lambda row: [row[name] for name in self._by]), _IDS_AT_ONCE):
+            times = [row[self.schema.time or ""] for row in some]
             where: Document = {self.schema.time or "": {"$gte": min(times), "$lte": max(times)}}
             if self.schema.subject is not None:
                 where[self.schema.subject] = {"$in": sorted({row[self.schema.subject] for row in some})}
@@ -287,7 +287,8 @@ class Series:
                     found += near
                     continue
                 for (one,), run in rows.join(some, on="by", how="semi").group_by("by", maintain_order=True):
-                    for times in _groups(run["at"].unique(maintain_order=True).to_list(), documents.SUBJECTS_A_QUERY):
+                    instants = run["at"].unique(maintain_order=True).to_list()
+                    for times in filters.groups(instants, documents.SUBJECTS_A_QUERY):
                         near_by = {"$gte": min(times), "$lte": max(times), "$in": list(times)}
                         found += self.rows.find(self._within([one], near_by), asked)
         return found
@@ -448,8 +449,3 @@ def _ids(count: int, instead: Sequence[Document]) -> Iterator[Any]:
 def _now() -> datetime:
     """As BSON dates are read: without a zone."""
     return datetime.now(UTC).replace(tzinfo=None)
-
-
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -709,13 +709,12 @@ class MySQLStore:
         casts = []
         for column in known:
             if column.type in (ColumnType.F32, ColumnType.F64):
-                # no -0.0: MariaDB turns that into 0.0 anyway, MySQL does not, and to both they are equal
-                number = pl.col(column.name).cast(pl.Float64)
-                casts.append(pl.when(number == 0).then(0.0).otherwise(number).alias(column.name))
+                casts.append(pl.col(column.name).cast(pl.Float64))
             elif column.type is ColumnType.BOOL:
                 casts.append(pl.col(column.name).cast(pl.Int8))
-        # in the order of the key, in which the engine keeps them
-        return frame.drop(absent).with_columns(casts).sort(stored.key), known
+        # -0.0 becomes 0.0 in MariaDB anyway, not in MySQL, and to both they are equal
+        sent_as = admission.without_signs(frame.drop(absent).with_columns(casts))
+        return sent_as.sort(stored.key), known  # in the order of the key, in which the engine keeps them
 
     def _stage(self, cursor: Cursor, dataset: str, schema: Schema, frame: pl.DataFrame) -> None:
         must = evolution.required(schema)

@@ -91,7 +91,7 @@ class Parts:
     def upsert(self, frame: pl.DataFrame, absent: Sequence[str]) -> tuple[Change, Written]:
         """Return what puts the batch in: nothing for equal rows, new parts, or parts with changed rows rewritten."""
         split = classify.split(frame, self._with_keys(frame), self.schema, absent=absent, tag=_PART)
-        written = Written(split.new.height, split.changed.height, split.equal)
+        written = split.written()
         return self._rewritten(split.new, split.changed, set(split.tags), split.changed), written
 
     def replace(self, frame: pl.DataFrame, absent: Sequence[str], span: Filter) -> tuple[Change | None, Written]:
@@ -106,8 +106,8 @@ class Parts:
         split = classify.split(frame, self._with_keys(frame), self.schema, absent=absent, tag=_PART)
         key = list(self.schema.key)
         gone = self._collected(self._found(span).select(*key, _PART)).join(frame, on=key, how="anti")
-        written = Written(split.new.height, split.changed.height, split.equal, deleted=gone.height)
-        if not (split.new.height or split.changed.height or gone.height):
+        written = split.written(deleted=gone.height)
+        if not (split.put.height or gone.height):
             return None, written
         out = pl.concat([split.changed.select(key), gone.select(key)])
         return self._rewritten(split.new, split.changed, {*split.tags, *gone[_PART].unique()}, out), written
