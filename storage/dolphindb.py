@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 import time
 import uuid
@@ -77,6 +78,7 @@ _CREATED_SECONDS = 10.0  # within which who creates a table has said whose it is
 _TAKEN = ("<ChunkInTransaction>", "has been owned by transaction")
 _TRIES = 40
 _WAIT_SECONDS = 0.25
+_MOST_FILES = 1024 - 8  # the client waits by select(), which has no room for a descriptor of 1024 or above
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -290,6 +292,13 @@ class DolphinStore:
 
         default_logger.disable_stdout_sink()
         place = self._place
+        with socket.socket() as next_one:
+            if next_one.fileno() >= _MOST_FILES:
+                raise StoreError(
+                    f"no connection to DolphinDB at {place.host}:{place.port}: this process has {_MOST_FILES} files "
+                    "and connections open, and DolphinDB's client crashes or waits for ever with more; close some, or "
+                    "use a process of its own for this store"
+                )
         wait = timedelta(seconds=place.timeout_seconds)
         # who listens there and never answers is found by a session that waits so long; a script may take longer
         for answer in (wait, None):

@@ -114,17 +114,15 @@ LONG = (
 )
 
 
-# whose processes are slow to start, or are many
+LONG_SLOW = ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb", "chdb", "csv", "mysql")
+
+# start processes, which takes a second each: not every day for more than files, a server, an engine that has one writer,
+# and a log
 STARTED = (
-    "test_four_processes_that_create_one_table_at_once_get_the_same_table[dolphindb]",
-    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[dolphindb]",
-    "test_four_processes_that_create_one_table_at_once_get_the_same_table[marketstore]",
-    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[marketstore]",
-    "test_four_processes_that_create_one_table_at_once_get_the_same_table[nats]",
-    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[nats]",
-    "test_four_processes_that_create_one_table_at_once_get_the_same_table[redis format=json]",
-    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first[redis format=json]",
+    "test_four_processes_that_create_one_table_at_once_get_the_same_table",
+    "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first",
 )
+STARTED_DAILY = ("chdb", "delta", "postgresql", "redis")
 
 
 # the rest of MongoDB's time-series collections is not for every day: the store is that of the ordinary ones, and the
@@ -151,11 +149,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if "[mongodb-timeseries" in item.name and not item.name.startswith(DAILY):
             item.add_marker(pytest.mark.slow)
-        if item.name in STARTED or item.name in [
-            f"{name}[{engine}]"
-            for name in LONG
-            for engine in ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb", "chdb", "csv", "mysql")
-        ]:
+        name, _, parameters = item.name.partition("[")
+        engine = parameters.rstrip("]")
+        if name in STARTED and engine not in STARTED_DAILY or name in LONG and engine in LONG_SLOW:
             item.add_marker(pytest.mark.slow)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, date, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
 
 import polars as pl
 import pytest
+from conftest import ROOT
 from stored_frames import BARS, bars, batch, stamped
 
 from marketsync.errors import ConfigurationError, SchemaError, StoreError
@@ -188,17 +192,52 @@ def test_a_wrong_password_is_told_without_it(dolphindb: str):
     assert "letmein" not in str(told.value) + store.url + store.name
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["nobody", "somebody who never answers"])
-def test_a_server_that_is_not_there_is_told_and_nothing_is_printed(silent: bool, capfd: pytest.CaptureFixture[str]):
+# in a process of its own, since this one may have so many files open that the client cannot be used here
+OPENED = """
+import os, sys
+from pathlib import Path
+from marketsync.errors import StoreError
+from storage.registry import open_store
+
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(int(sys.argv[2]))]
+try:
+    open_store(sys.argv[1]).datasets()
+except StoreError as failed:
+    Path(sys.argv[3]).write_text(str(failed))
+"""
+
+
+def told_by_the_client(url: str, told: Path, *, open_files: int = 0) -> str:
+    """What the store says when it is opened with the real client; asserts that nothing is printed."""
     pytest.importorskip("dolphindb")
+    command = [sys.executable, "-c", OPENED, url, str(open_files), str(told)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    return told.read_text()
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["nobody", "somebody who never answers"])
+def test_a_server_that_is_not_there_is_told_and_nothing_is_printed(silent: bool, tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         if silent:
             taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(StoreError, match=f"127.0.0.1:{port}; is the server up"):
-            open_store(f"dolphindb://market:secret@127.0.0.1:{port}/market?timeout=2").datasets()
-    assert capfd.readouterr() == ("", "")
+        told = told_by_the_client(f"dolphindb://market:secret@127.0.0.1:{port}/market?timeout=2", tmp_path / "told")
+    assert f"127.0.0.1:{port}; is the server up" in told
+
+
+def test_where_the_client_would_crash_for_open_files_it_is_not_asked(tmp_path: Path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("no process may have so many files open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    try:
+        told = told_by_the_client("dolphindb://127.0.0.1:9/market?timeout=2", tmp_path / "told", open_files=1100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "1016 files and connections open" in told
 
 
 @pytest.mark.parametrize(
