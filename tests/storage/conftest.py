@@ -112,12 +112,10 @@ LONG = (
     "test_a_change_after_maintenance_finds_the_rows_as_before",
     "test_two_processes_that_write_the_same_rows_end_as_if_one_had_come_after_the_other",
 )
-
-
 LONG_SLOW = ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb", "chdb", "csv", "mysql")
 
-# start processes, which takes a second each: not every day for more than files, a server, an engine that has one writer,
-# and a log
+# start processes, which takes a second each: not every day for more than files, a server, an engine of one process, and
+# a log
 STARTED = (
     "test_four_processes_that_create_one_table_at_once_get_the_same_table",
     "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first",
@@ -151,7 +149,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         name, _, parameters = item.name.partition("[")
         engine = parameters.rstrip("]")
-        if name in STARTED and engine not in STARTED_DAILY or name in LONG and engine in LONG_SLOW:
+        if (name in STARTED and engine not in STARTED_DAILY) or (name in LONG and engine in LONG_SLOW):
             item.add_marker(pytest.mark.slow)
 
 
