@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 
 # nothing that runs here reports to anybody
 export PREFECT_SERVER_ANALYTICS_ENABLED := false

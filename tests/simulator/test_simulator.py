@@ -277,7 +277,7 @@ def brought_to_an_end(world: World) -> None:
 
 
 @given(scenarios())
-@settings(EVERYDAY, max_examples=30)
+@settings(EVERYDAY, max_examples=20)
 def test_whatever_happens_the_stores_end_up_equal_to_the_source(scenario: tuple[Settings, Source, list[Any]]):
     live_and_end(*scenario)
 

@@ -103,8 +103,7 @@ def drop_dolphindb(address: str, dataset: str) -> None:
     session.close()
 
 
-# not every day for an engine whose tables are those of another one here, for a stand-in that is slow, and for a store
-# that writes the whole table anew each time; those of one of each kind of engine are enough otherwise
+# not every day for more than one of the stores of files and one of the servers
 LONG = (
     "test_any_frame_comes_back_as_it_went_with_the_fingerprints_of_any_other_store",
     "test_any_sequence_of_writes_ends_where_a_dictionary_would",
@@ -112,15 +111,14 @@ LONG = (
     "test_a_change_after_maintenance_finds_the_rows_as_before",
     "test_two_processes_that_write_the_same_rows_end_as_if_one_had_come_after_the_other",
 )
-LONG_SLOW = ("clickhouse", "dolphindb", "excel", "marketstore", "mongodb", "chdb", "csv", "mysql")
+LONG_DAILY = ("delta", "postgresql")
 
-# start processes, which takes a second each: not every day for more than files, a server, an engine of one process, and
-# a log
+# start processes, which takes a second each: not every day for more than files, a server, and an engine of one process
 STARTED = (
     "test_four_processes_that_create_one_table_at_once_get_the_same_table",
     "test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_who_is_first",
 )
-STARTED_DAILY = ("chdb", "delta", "postgresql", "redis")
+STARTED_DAILY = ("chdb", "delta", "postgresql")
 
 
 # the rest of MongoDB's time-series collections is not for every day: the store is that of the ordinary ones, and the
@@ -149,7 +147,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         name, _, parameters = item.name.partition("[")
         engine = parameters.rstrip("]")
-        if (name in STARTED and engine not in STARTED_DAILY) or (name in LONG and engine in LONG_SLOW):
+        if (name in STARTED and engine not in STARTED_DAILY) or (name in LONG and engine not in LONG_DAILY):
             item.add_marker(pytest.mark.slow)
 
 
