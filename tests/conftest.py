@@ -5,15 +5,26 @@ skipped, with the reason; where CI or MARKETSYNC_TEST_REQUIRE is set they fail, 
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Let this process have many files open, if it may: each folder that chDB opens leaves some fifteen more."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = 16_384 if hard == resource.RLIM_INFINITY else min(hard, 16_384)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, enough), hard))
 
 
 def missing(why: str) -> NoReturn:
@@ -245,6 +256,7 @@ def dolphindb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(double.FOLDER, str(folder))
     monkeypatch.setattr(client, "Session", double.Session)
     monkeypatch.setattr(client, "TableAppender", double.TableAppender)
+    monkeypatch.setattr("storage.dolphindb._MOST_FILES", sys.maxsize)  # the double waits for no descriptor
     return f"dolphindb://{double.USER}:{quote(double.PASSWORD, safe='')}@{double.HOST}:{double.PORT}/made"
 
 
