@@ -512,15 +512,15 @@ class CsvStore:
                 return written
             after = state if lane is None else replace(state, lanes={**state.lanes, lane: seq})
             whole: dict[str, tuple[str | None, pl.DataFrame | None]] = {}
-            files = dict(state.files)
+            files, texts = dict(state.files), _Texts()
             for name, (subject, rows) in change.put.items():
                 if name not in change.out and _follows(rows, state.files.get(name), state.schema):
-                    files[name] = _appended(self._folder(dataset) / name, files[name], rows, state.schema)
+                    files[name] = _appended(self._folder(dataset) / name, files[name], rows, state.schema, texts)
                 else:
                     whole[name] = (subject, rows)
             for name in change.out:
                 whole.setdefault(name, (state.files[name].subject, None))
-            self._exchange(dataset, state, replace(after, files=files), whole, change.out, kept)
+            self._exchange(dataset, state, replace(after, files=files), whole, change.out, kept, texts)
         return written
 
     def _exchange(
@@ -531,11 +531,12 @@ class CsvStore:
         whole: Mapping[str, tuple[str | None, pl.DataFrame | None]],
         out: Mapping[str, pl.DataFrame] | None = None,
         kept: _Kept | None = None,
+        texts: _Texts | None = None,
     ) -> _State:
         """Write each file of `whole` anew (its rows, without the keys in `out`, with the rows to put), and commit."""
         import polars as pl
 
-        folder, key = self._folder(dataset), list(after.schema.key)
+        folder, key, texts = self._folder(dataset), list(after.schema.key), texts or _Texts()
         types = after.schema.polars(system=True)
         same = state.schema.names == after.schema.names
         files, put, drop, tails = dict(after.files), [], [], []
@@ -555,12 +556,12 @@ class CsvStore:
                         for column, type_ in types.items()
                     )
                 frames.append(there)
-            together = pl.concat(frames).sort(_order(after.schema))
+            together = _in_order(pl.concat(frames), after.schema)
             if together.is_empty():  # and so is the file: the row at a mark is earlier than any that goes
                 drop.append(name)
                 files.pop(name, None)
                 continue
-            content = _encoded(together, header=start is _START)
+            content = _encoded(together, texts, header=start is _START)
             if start is _START:
                 (folder / _NEW / name).write_bytes(content)
                 sync(folder / _NEW / name)
@@ -659,8 +660,12 @@ def _earliest(schema: Schema, frames: Iterable[pl.DataFrame]) -> Any:
     return min(times, default=None)
 
 
-def _order(schema: Schema) -> list[str]:
-    return list(dict.fromkeys(name for name in (schema.time, *schema.key) if name is not None))
+def _in_order(rows: pl.DataFrame, schema: Schema) -> pl.DataFrame:
+    """Return the rows of one file by time, then by the rest of the key."""
+    one_each = set(schema.key) <= {schema.time, schema.subject}  # row of a file at a time
+    if one_each and schema.time is not None and rows[schema.time].is_sorted():
+        return rows
+    return rows.sort(list(dict.fromkeys(name for name in (schema.time, *schema.key) if name is not None)))
 
 
 def _follows(rows: pl.DataFrame, entry: _Entry | None, schema: Schema) -> bool:
@@ -671,9 +676,9 @@ def _follows(rows: pl.DataFrame, entry: _Entry | None, schema: Schema) -> bool:
     return first is not None and not rows[schema.time].has_nulls() and first > _moment(entry.last, schema)
 
 
-def _appended(path: Path, entry: _Entry, rows: pl.DataFrame, schema: Schema) -> _Entry:
+def _appended(path: Path, entry: _Entry, rows: pl.DataFrame, schema: Schema, texts: _Texts) -> _Entry:
     """Append the rows to the file, durably; they are committed when the table says that it is so long."""
-    content = _encoded(rows.sort(_order(schema)), header=False)
+    content = _encoded(_in_order(rows, schema), texts, header=False)
     _cut(path, entry)
     if _size(path) != entry.size:
         raise _foreign(path)
@@ -844,30 +849,50 @@ def _foreign(path: Path) -> StoreError:
     )
 
 
-def _encoded(rows: pl.DataFrame, *, header: bool) -> bytes:
+class _Texts:
+    """Times as text, which take longer to write than all else of a row, where the files of a commit often have the same
+    ones: those of the last column that was not among them are kept."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[pl.Series, pl.Series]] = {}
+
+    def of(self, times: pl.Series, form: str) -> pl.Series:
+        numbers = times.to_physical()
+        if times.has_nulls() or not times.len():
+            return times.dt.strftime(form)
+        if numbers.min() == numbers.max():
+            return times.head(1).dt.strftime(form).new_from_index(0, times.len())
+        if (found := self._found(numbers, form)) is not None:
+            return found.alias(times.name)
+        runs = times.rle_id()
+        if runs[-1] <= times.len() // 4:
+            return times.filter(runs.diff().fill_null(1) != 0).dt.strftime(form).gather(runs).alias(times.name)
+        texts = times.dt.strftime(form)
+        if numbers.is_sorted():
+            self._known[form] = numbers, texts
+        return texts
+
+    def _found(self, numbers: pl.Series, form: str) -> pl.Series | None:
+        if form not in self._known:
+            return None
+        known, texts = self._known[form]
+        first = known.search_sorted(numbers[0])
+        same = known.slice(first, numbers.len()).equals(numbers)
+        return texts.slice(first, numbers.len()) if same else None
+
+
+def _encoded(rows: pl.DataFrame, texts: _Texts, *, header: bool) -> bytes:
     import polars as pl
 
-    texts: dict[pl.DataType, str] = {
+    forms: dict[pl.DataType, str] = {
         pl.Datetime("us", "UTC"): "%Y-%m-%dT%H:%M:%S%.6fZ",
         pl.Datetime("ns", "UTC"): "%Y-%m-%dT%H:%M:%S%.9fZ",
     }
     buffer = io.BytesIO()
     rows.with_columns(
-        _written(rows[name], texts[type_]) for name, type_ in rows.schema.items() if type_ in texts
+        texts.of(rows[name], forms[type_]) for name, type_ in rows.schema.items() if type_ in forms
     ).write_csv(buffer, include_header=header)
     return buffer.getvalue()
-
-
-def _written(times: pl.Series, form: str) -> pl.Series:
-    """Return the times as text; runs of one time, as that of arrival is, are written once."""
-    numbers = times.to_physical()
-    if numbers.min() == numbers.max() is not None and not times.has_nulls():
-        return times.head(1).dt.strftime(form).new_from_index(0, times.len())
-    runs = times.rle_id()
-    last = runs[-1] if runs.len() else None
-    if last is None or last > times.len() // 4:
-        return times.dt.strftime(form)
-    return times.filter(runs.diff().fill_null(1) != 0).dt.strftime(form).gather(runs).alias(times.name)
 
 
 def _decoded(content: bytes, schema: Schema, path: Path) -> pl.DataFrame:

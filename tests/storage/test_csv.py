@@ -476,3 +476,20 @@ def at_the_end(table: Path, model: dict[tuple[int, str], str | None]) -> None:
             after = [row[1] for row in csv.reader(io.StringIO(content[offset:].decode(), newline=""))]
             assert after == rows[-len(after) :]
             assert after[0] == since
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 12), min_size=1, unique=True), min_size=2, max_size=6))
+def test_each_symbol_has_its_own_times_whichever_of_them_the_others_have(hours: list[list[int]]):
+    """The files of a commit share the texts of times, and rows come in any order."""
+    every = bars([f"S{number}" for number in range(len(hours))], rows=13)
+    wanted = pl.concat(
+        every.filter(pl.col("symbol") == f"S{number}", pl.col("ts").is_in([hour(each) for each in some]))
+        for number, some in enumerate(hours)
+    )
+    with TemporaryDirectory() as name:
+        store = open_store(f"csv://{name}")
+        store.ensure(NAME, BARS)
+        store.write(batch(NAME, wanted.reverse(), mode=Mode.APPEND))
+        found = store.scan(NAME).collect().sort("symbol", maintain_order=True)  # each file by time
+        assert_frame_equal(found, wanted.sort("symbol", "ts").select(BARS.names))
