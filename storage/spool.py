@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from marketsync.errors import MarketSyncError
 from storage.files import write_whole
 
 if TYPE_CHECKING:
     import polars as pl
+
+_folders = threading.Lock()  # a lane's folder is taken away by nobody in this process who lets another put a file there
+_TRIES, _TRY_SECONDS = 50, 0.01  # to put one there while another process takes it away
 
 
 class Spool:
@@ -49,11 +55,10 @@ class Spool:
     def write(self, lane: str, seq: int, frame: pl.DataFrame) -> tuple[str, int]:
         """Write a segment durably; return its path below the root and its size in bytes."""
         folder = self._segments / lane
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{seq:08d}.arrow"
         part = path.with_suffix(".part")
         try:
-            with part.open("wb") as file:
+            with _opened(part) as file:
                 frame.write_ipc(file, compression="uncompressed")
                 file.flush()
                 os.fsync(file.fileno())
@@ -92,7 +97,8 @@ class Spool:
             folders.add(file.parent)
         for folder in folders:
             try:
-                folder.rmdir()
+                with _folders:
+                    folder.rmdir()
             except OSError:
                 # Other segments of the lane are still there.
                 continue
@@ -122,6 +128,18 @@ class Spool:
         """Yield the quarantine files of a dataset (those of one store alone when it is named), the oldest first."""
         folder = self._quarantine / dataset / store_id
         yield from sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+
+
+def _opened(part: Path) -> BinaryIO:
+    """Open a file anew in its folder, which a thread or process may be taking away that has removed the last segment of
+    the lane."""
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError, FileExistsError), _folders:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            return part.open("wb")
+        time.sleep(_TRY_SECONDS)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    return part.open("wb")
 
 
 def _sync_folder(folder: Path) -> None:
