@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -133,13 +132,17 @@ class Spool:
 def _opened(part: Path) -> BinaryIO:
     """Open a file anew in its folder, which a thread or process may be taking away that has removed the last segment of
     the lane."""
-    for _ in range(_TRIES):
-        with suppress(FileNotFoundError, FileExistsError), _folders:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            return part.open("wb")
+    left = _TRIES
+    while True:
+        try:
+            with _folders:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                return part.open("wb")
+        except (FileNotFoundError, FileExistsError):
+            left -= 1
+            if not left:
+                raise
         time.sleep(_TRY_SECONDS)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    return part.open("wb")
 
 
 def _sync_folder(folder: Path) -> None:
