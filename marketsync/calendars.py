@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LIBRARY = "exchange-calendars"
 EARLIEST_YEAR = 1970  # asked of the library unless a plan's `since` is older
 _HOURS_LEARNED_FROM_SESSIONS = 21
+_FREQUENT = {"24/5", "24/7", "XETR", "XHKG", "XKRX", "XLON", "XNAS", "XNYS", "XPAR", "XSHG", "XTKS", "XTSE"}
 
 
 class CalendarRangeError(ConfigurationError):
@@ -244,6 +245,23 @@ def _usual_hours(calendar: Calendar, session: date) -> tuple[int, int]:
 # ---------------------------------------------------------------- the library and the file
 
 
+def instead_of(name: str) -> str | None:
+    """Return what to write instead of a name that no calendar has, or None when one has it.
+
+    The library, which knows all names and aliases, takes half a second to load: the frequent ones go without it.
+    """
+    if name in _FREQUENT:
+        return None
+    import exchange_calendars
+
+    by_upper = {one.upper(): one for one in exchange_calendars.get_calendar_names(include_aliases=True)}
+    if name in by_upper.values():
+        return None
+    if near := difflib.get_close_matches(name.upper(), list(by_upper), n=4, cutoff=0.5):
+        return f"did you mean {', '.join(by_upper[one] for one in near)}?"
+    return "calendars go by ISO 10383: XNYS, XNAS, XSHG, XHKG, XLON, XTKS ...; 24/7 for markets that never close"
+
+
 @lru_cache(maxsize=64)
 def _computed(name: str, cache_dir: Path | None, first_year: int, last_year: int) -> Calendar:
     if cache_dir is None:
@@ -287,9 +305,8 @@ def _ask_library(name: str, first_year: int, last_year: int) -> Calendar:
     import pandas
     from exchange_calendars.calendar_utils import global_calendar_dispatcher as dispatcher
 
-    known = exchange_calendars.get_calendar_names(include_aliases=True)
-    if name not in known:
-        raise ConfigurationError(unknown_calendar(name, known))
+    if (remedy := instead_of(name)) is not None:
+        raise ConfigurationError(f"there is no calendar '{name}': {remedy}")
     try:
         factory = dispatcher._calendar_factories[dispatcher.resolve_alias(name)]
         least, most = factory.bound_min(), factory.bound_max()
@@ -314,11 +331,3 @@ def _ask_library(name: str, first_year: int, last_year: int) -> Calendar:
         tuple(int(stamp) for stamp in stamps["open"]),
         tuple(int(stamp) for stamp in stamps["close"]),
     )
-
-
-def unknown_calendar(name: str, known: Sequence[str]) -> str:
-    """Return the sentence that names what is near an unknown calendar."""
-    upper = {candidate.upper(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.upper(), upper, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(upper[found] for found in near)}?" if near else "write an ISO 10383 code or 24/7"
-    return f"there is no calendar '{name}': {hint} (XNYS New York, XSHG Shanghai, XHKG Hong Kong, XLON London, 24/7)"

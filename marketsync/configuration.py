@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from marketsync.calendars import instead_of
 from marketsync.definition import Dataset, Definition, Limit, Subjects
 from marketsync.document import Document, FieldPath, closest, dotted, parse_document, read_document
 from marketsync.durations import parse_span
@@ -1065,41 +1066,11 @@ def _calendars_of(definition: Definition) -> list[tuple[FieldPath, str]]:
 
 
 def _calendar_problems(document: Document, places: Iterable[tuple[FieldPath, str]]) -> list[Problem]:
-    places = list(places)
-    if not places:
-        return []
-    known = calendar_names()
-    problems = []
-    for place, name in places:
-        if name not in known:
-            problems.append(
-                Problem(
-                    document.name,
-                    document.line(place),
-                    dotted(place),
-                    f"there is no calendar '{name}'",
-                    near_calendars(name, known),
-                )
-            )
-    return problems
-
-
-def calendar_names() -> list[str]:
-    """Return the names of the trading calendars, aliases included. Imports pandas: more than a second."""
-    import exchange_calendars
-
-    return exchange_calendars.get_calendar_names(include_aliases=True)
-
-
-def near_calendars(name: str, known: Iterable[str]) -> str:
-    """Return the remedy for an unknown calendar: the names that are like it, or where names come from."""
-    from difflib import get_close_matches
-
-    by_upper = {one.upper(): one for one in known}
-    near = [by_upper[one] for one in get_close_matches(name.upper(), list(by_upper), n=4, cutoff=0.5)]
-    if near:
-        return f"did you mean {', '.join(near)}?"
-    return "calendars go by ISO 10383: XNYS, XNAS, XSHG, XHKG, XLON, XTKS ...; 24/7 for markets that never close"
+    return [
+        Problem(document.name, document.line(place), dotted(place), f"there is no calendar '{name}'", remedy)
+        for place, name in places
+        if (remedy := instead_of(name)) is not None
+    ]
 
 
 def _secret_problem(document: Document, loaded: Loaded, name: str) -> Problem | None:

@@ -85,6 +85,16 @@ def test_an_unknown_name_is_answered_with_near_ones(name, near):
         load_calendar(name, now=NOW)
 
 
+def test_frequent_names_are_known_without_pandas_and_all_of_them_are_calendars():
+    code = (
+        "import sys; from marketsync.calendars import _FREQUENT, instead_of;"
+        "assert [instead_of(name) for name in _FREQUENT] == [None] * len(_FREQUENT); print('pandas' in sys.modules);"
+        "import exchange_calendars; print(_FREQUENT - set(exchange_calendars.get_calendar_names(include_aliases=True)))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert asked.stdout.splitlines() == ["False", "set()"]
+
+
 def test_the_second_process_loads_the_sessions_without_pandas(tmp_path):
     code = (
         "import sys; from datetime import UTC, datetime; from pathlib import Path;"

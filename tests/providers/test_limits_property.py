@@ -109,7 +109,7 @@ def worst(stamps: list[tuple[float, int]], span: float) -> int:
     return most
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     windows=windows_of_limits,
     seed=st.integers(0, 2**32),

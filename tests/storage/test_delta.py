@@ -198,13 +198,13 @@ def test_parts_larger_than_memory_allows_are_rewritten_in_groups(store, tmp_path
 def test_small_files_are_merged_as_they_gather(store, tmp_path: Path):
     store.ensure(BARS_NAME, BARS)
     hours = 24 * 27
-    for seq in range(1, 200):
+    for seq in range(1, 100):
         store.write(batch(BARS_NAME, bars(("A",), first=48 + seq % hours, rows=1, segment=f"s{seq}"), seq))
     counts = list(files(tmp_path).values())
-    assert sum(counts) == 199
+    assert sum(counts) == 99
     assert len(counts) <= 2 * storage.parts.CLASS_PARTS
-    assert store.committed(BARS_NAME, "lane") == 199
-    assert store.scan(BARS_NAME, Filter(system=True)).collect()["_segment"].n_unique() == 199
+    assert store.committed(BARS_NAME, "lane") == 99
+    assert store.scan(BARS_NAME, Filter(system=True)).collect()["_segment"].n_unique() == 99
 
 
 def test_maintenance_deletes_files_that_no_version_of_the_last_day_names(store, tmp_path: Path):

@@ -21,7 +21,7 @@ def test_a_segment_is_written_while_the_last_one_of_its_lane_is_removed(tmp_path
     delivering = threading.Thread(target=deliver)
     delivering.start()
     try:
-        for seq in range(1, 300):
+        for seq in range(1, 100):
             path, _ = spool.write("lane", seq, frame)
             assert spool.read(path).equals(frame)
             spool.remove([path])
