@@ -330,6 +330,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a segment is from: each of `asked` is a subject and a span that its run asked for."""
+
+    run_id: str
+    sealed_at: datetime
+    asked: list[tuple[str, Interval]]
+
+
+@dataclass(frozen=True)
 class Control:
     """What is wanted of a plan; `generation` grows with every word of the user."""
 
@@ -1466,6 +1475,23 @@ class Ledger:
                 )
                 result.append((_segment_of(row), {d.store_id: (d.state, d.at) for d in deliveries}))
         return result
+
+    def origins(self, segment_ids: Iterable[str]) -> dict[str, Origin]:
+        """Return of which run segments are, when they were sealed, and what was asked for their rows."""
+        found: dict[str, Origin] = {}
+        s, w = _segment.c, _work.c
+        query = (
+            sa.select(s.segment_id, s.run_id, s.sealed_at, w.subjects, w.start, w.end)
+            .join(_part, _part.c.segment_id == s.segment_id)
+            .join(_work, w.work_id == _part.c.work_id)
+        )
+        with self._read() as connection:
+            for some in _chunks(list(segment_ids)):
+                for row in connection.execute(query.where(s.segment_id.in_(some))):
+                    origin = found.setdefault(row.segment_id, Origin(row.run_id, row.sealed_at, []))
+                    span = Interval(row.start, row.end)
+                    origin.asked.extend((subject, span) for subject in row.subjects.split("\n"))
+        return found
 
     def segment(self, segment_id: str) -> Segment | None:
         """Return one segment."""

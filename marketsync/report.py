@@ -96,7 +96,9 @@ class Remark:
     how many alike it stands for.
     """
 
-    kind: str  # failed, stopped, store; dropped, still_dropped, quarantined, waiting, not_yet, cool_down
+    kind: (
+        str  # failed, stopped, store; dropped, still_dropped, quarantined, still_set_aside, waiting, not_yet, cool_down
+    )
     dataset: str = ""
     subject: str = ""
     message: str = ""

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -123,10 +123,12 @@ class Spool:
         """Return the file of a segment's rows that were set aside, which is there when some were."""
         return self._quarantine / dataset / store_id / f"{segment_id.replace(':', '-')}.jsonl"
 
-    def quarantined(self, dataset: str, store_id: str = "") -> Iterator[Path]:
-        """Yield the quarantine files of a dataset (those of one store alone when it is named), the oldest first."""
+    def quarantined(self, dataset: str, store_id: str = "") -> dict[str, Path]:
+        """Return the quarantine files of a dataset by segment id (those of one store alone when it is named), the
+        oldest first."""
         folder = self._quarantine / dataset / store_id
-        yield from sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+        files = sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+        return {":".join(file.stem.rsplit("-", 1)): file for file in files}
 
 
 def _opened(part: Path) -> BinaryIO:

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from marketsync.report import (
 from storage.files import write_whole
 from storage.lazyframes import reading
 from storage.protocol import Store, Written
+from tasks import quarantine
 from tasks.fetch import Fetched
 from tasks.runner import AIR_SECONDS, Pending, Runner, ThreadRunner
 from tasks.steps import Prepared, Task, fetch, forget_progress, prepare, sweep
@@ -207,19 +208,6 @@ def full(workspace: Workspace, report: RunReport) -> RunReport:
     return replace(report, datasets=tuple(parts), findings=())
 
 
-def _reasons(workspace: Workspace, dataset: str, store_id: str = "") -> str:
-    """Return why rows were set aside, by the newest of them: the columns, with an example each."""
-    import polars as pl
-
-    files = list(workspace.spool.quarantined(dataset, store_id))
-    if not files:
-        return "the files are gone"
-    rows = pl.read_ndjson(files[-1])
-    found = rows.group_by("column", maintain_order=True).agg(pl.col("reason").first(), pl.len())
-    shown = [f"{column or 'the row'}: {reason}" for column, reason, _ in found.sort("len", descending=True).iter_rows()]
-    return "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more columns" if len(shown) > 3 else "")
-
-
 def _judged(
     scope: Scope, store_id: str, store: Store, touched: Sequence[Interval], full_below: int, *, reopen: bool = False
 ) -> DatasetReport:
@@ -256,7 +244,7 @@ def _judged(
             allowed_missing=scope.plan.judge.missing,
             spans=None if small else list(touched),
             known=known,
-            set_aside=any(True for of in ("", store_id) for _ in scope.spool.quarantined(scope.dataset, of)),
+            set_aside=any(scope.spool.quarantined(scope.dataset, of) for of in ("", store_id)),
         )
     if reopen and (late := reopened(judgement, coverage, scope.timing)):
         scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
@@ -382,14 +370,8 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
             rows = replace(of_dataset, inserted=one.inserted, updated=one.updated, unchanged=one.unchanged)
             rows = replace(rows, quarantined=rows.quarantined + one.refused)
             judged.append(replace(part, rows=rows, state=down.get(part.store, part.state)))
-    refused = {
-        (outcome.dataset, store_id): one.refused
-        for outcome in outcomes
-        for store_id, one in _rows_of(outcome)[1].items()
-        if one.refused
-    }
-    findings = counts.quarantined > 0 or bool(refused)
-    findings = findings or any(part.judgement is not None and part.judgement.findings for part in judged)
+    aside = [one for outcome in outcomes for one in _set_aside(workspace, plan, run, outcome)]
+    findings = bool(aside) or any(part.judgement is not None and part.judgement.findings for part in judged)
     work = WorkCounts(
         units=counts.units,
         done=counts.done - counts.empty - counts.not_yet,
@@ -434,26 +416,8 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         if part.state and part.store not in down and part.state not in told
     )
     remarks.extend(_why_stopped(plan, workspace.path, reason) for reason in sorted(stopped))
+    remarks.extend(aside)
     for outcome in outcomes:
-        set_aside = sum(part.counts.quarantined for part in outcome.fetched)
-        if set_aside:
-            rows = "1 row was" if set_aside == 1 else f"{set_aside:,} rows were"
-            where = workspace.state / "quarantine" / outcome.dataset
-            message = (
-                f"{rows} set aside ({_reasons(workspace, outcome.dataset)}): each is in {where} with its reason; when "
-                f"the definition is mended, `marketsync sync {plan} --refetch` asks for them again"
-            )
-            remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, message=message))
-        for store_id in (store_id for dataset, store_id in refused if dataset == outcome.dataset):
-            count = refused[outcome.dataset, store_id]
-            rows = "1 row was" if count == 1 else f"{count:,} rows were"
-            where = workspace.state / "quarantine" / outcome.dataset / store_id
-            message = (
-                f"{rows} set aside for store {store_id} alone, which cannot keep them "
-                f"({_reasons(workspace, outcome.dataset, store_id)}): each is in {where}; what came with them is "
-                f"delivered; when the cause is mended, `marketsync sync {plan} --refetch` asks for them again"
-            )
-            remarks.append(Remark(kind="quarantined", dataset=outcome.dataset, subject=store_id, message=message))
         if outcome.prepared is not None and outcome.prepared.new_columns:
             names = ", ".join(outcome.prepared.new_columns)
             remarks.append(
@@ -526,6 +490,23 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
         orchestrator=orchestrator,
     )
     return replace(report, next_steps=suggested(report))
+
+
+def _set_aside(workspace: Workspace, plan: str, run: RunRow, outcome: Outcome) -> Iterator[Remark]:
+    """Yield what is said of rows of a dataset that were set aside by this run, or by earlier ones where nothing else
+    tells that they are not there: without a calendar no row is expected."""
+    scope = Scope(workspace, plan, outcome.dataset, run.run_id, run.started)
+    refused = {store_id: written.refused for store_id, written in _rows_of(outcome)[1].items()}
+    unjudged = [part.store for part in outcome.judged if part.judgement is None or part.judgement.calendar is None]
+    if rows := sum(part.counts.quarantined for part in outcome.fetched):
+        yield quarantine.remark(scope, rows)
+    elif unjudged and (remark := quarantine.standing(scope)):
+        yield remark
+    for store_id in dict.fromkeys([*refused, *unjudged]):
+        if rows := refused.get(store_id, 0):
+            yield quarantine.remark(scope, rows, store_id)
+        elif store_id in unjudged and (remark := quarantine.standing(scope, store_id)):
+            yield remark
 
 
 def _rows_of(outcome: Outcome) -> tuple[RowCounts, dict[str, Written]]:

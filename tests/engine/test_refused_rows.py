@@ -9,6 +9,8 @@ from polars.testing import assert_frame_equal
 from synced_place import Place
 
 from marketsync import explain
+from marketsync.configuration import shipped_definitions
+from tasks.workspace import Options
 
 BARS = "alpaca.minute_bars"
 PLAN = {"datasets": [BARS], "universe": ["GAAAA"], "since": "2012-03-01", "until": "2012-03-04"}
@@ -63,3 +65,29 @@ def test_a_store_added_later_is_filled_with_all_that_it_can_keep(place, marketst
     assert (run.code, run.sent) == (3, 0), run.words
     assert_frame_equal(rows(here, "hourly"), full_hours(rows(here, "files")))
     assert set_aside(here, "hourly").height == rows(here, "files").height - rows(here, "hourly").height
+
+
+def test_where_no_row_is_expected_what_was_set_aside_is_told_until_it_is_asked_for_again_or_deleted(place, marketstore):
+    here: Place = place(data=MARKET)
+    stores = {"files": "parquet://./files", "hourly": marketstore + "?timeframe=1H"}
+    shipped = shipped_definitions()["alpaca"].read_text(encoding="utf-8")
+    expecting = shipped[shipped.index("    frequency: minute\n") : shipped.index("\n  trades:")]
+    irregular = shipped.replace(expecting, "    frequency: irregular\n")
+    here.write({**PLAN, "stores": list(stores)}, stores=stores, definition=irregular)
+    assert here.sync_here().code == 3
+    count = set_aside(here, "hourly").height
+    told = f"{count:,} rows were set aside for store hourly alone by earlier runs and not asked for again since"
+    for _ in range(2):
+        again = here.sync_here()
+        assert (again.code, again.sent) == (3, 0), again.words
+        assert told in again.words
+        assert "not at the beginning of a bucket of 1H" in again.words
+    refetched = here.sync_here(Options(refetch=True))
+    assert refetched.code == 3
+    assert f"{count:,} rows were set aside for store hourly alone, which cannot keep them" in refetched.words
+    assert set_aside(here, "hourly").height == 2 * count
+    assert told in here.sync_here().words, "only the newest of both answers stands"
+    for file in (here.folder / ".marketsync" / "quarantine" / BARS / "hourly").glob("*.jsonl"):
+        file.unlink()
+    done = here.sync_here()
+    assert (done.code, done.state) == (0, "completed"), done.words
