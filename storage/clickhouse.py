@@ -65,6 +65,8 @@ CAPABILITIES = Capabilities(
 )
 
 _COMMITS = "_marketsync_commits"
+# '' where the database gives its tables none
+_UUID = "if(uuid = toUUIDOrZero(''), '', toString(uuid))"
 _VERSION = "_version"
 _DELETED = "_deleted"
 # more subjects than this are looked up by their range, so that a statement stays small
@@ -92,7 +94,12 @@ _SYSTEM = (
 )
 _PARTITION = {Period.DAY: "toYYYYMMDD", Period.MONTH: "toYYYYMM", Period.YEAR: "toYear"}
 _DURABLE = "fsync_after_insert = 1, fsync_part_directory = 1"
+_LIMITED = ("read", "timeout", "result", "set", "join", "transfer", "group_by", "sort", "distinct")
 SETTINGS = {
+    # a user's profile may say otherwise, and then some of the rows, or old ones, would look like all of them
+    **dict.fromkeys(("limit", "offset", "max_result_rows", "use_query_cache"), 0),
+    **dict.fromkeys((f"{what}_overflow_mode" for what in _LIMITED), "throw"),
+    "async_insert": 0,
     "max_partitions_per_insert_block": 0,
     "max_query_size": 64 * 1024 * 1024,
     "output_format_arrow_string_as_string": 1,
@@ -186,13 +193,14 @@ class ClickHouseStore:
     def ensure(self, dataset: str, schema: Schema) -> str:
         evolution.check(dataset, schema)
         self._refuse_own_names(dataset, schema)
+        provider, _ = location.split(dataset)
         with self._engine.guard:
             found = self._described(dataset)
             if found is None:
-                marker = uuid.uuid4().hex
-                self._create(dataset, schema, marker)
-                found = self._table(dataset)
-            marker, stored = found
+                self._create(dataset, schema, uuid.uuid4().hex)
+            elif not self._has_commits(provider):
+                self._begin_anew(provider)
+            marker, stored = self._table(dataset)
             if stored != schema:
                 self._evolve(dataset, stored, schema, marker)
             return marker
@@ -324,7 +332,8 @@ class ClickHouseStore:
 
     def datasets(self) -> list[str]:
         found = self._frame(
-            "SELECT database, name FROM system.tables WHERE comment LIKE '{\"marketsync\":%' ORDER BY database, name"
+            "SELECT database, name FROM system.tables WHERE comment LIKE '{\"marketsync\":%' "
+            f"AND ({_UUID} = '' OR JSONExtractString(comment, 'table') IN ('', {_UUID})) ORDER BY database, name"
         )
         return [f"{database}.{name}" for database, name in found.iter_rows()]
 
@@ -423,17 +432,21 @@ class ClickHouseStore:
 
     def _described(self, dataset: str) -> tuple[str, Schema] | None:
         """Return the table's marker and schema; None when there is no table."""
-        found = self._frame(f"SELECT comment FROM system.tables WHERE {_named(dataset, 'name')}")
+        found = self._frame(f"SELECT comment, {_UUID} AS uuid FROM system.tables WHERE {_named(dataset, 'name')}")
         if found.is_empty():
             return None
+        text, table = found.row(0)
         try:
-            comment = json.loads(found["comment"][0])
+            comment = json.loads(text)
+            # a table made before uuids were noted has none in its comment
+            if table and comment.get("table", table) != table:
+                raise ValueError(f"the comment is that of the table {comment['table']}, and this is {table}")
             return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ForeignTable(
-                f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync; "
-                f"{adoption.remedy(dataset)}; or move it elsewhere (RENAME TABLE), and {dataset} will be made "
-                "and filled"
+                f"the table {_table_name(dataset)} in {self._engine.place} was not made by MarketSync, or is a copy of "
+                f"one that was; {adoption.remedy(dataset)}; or move it elsewhere (RENAME TABLE), and {dataset} will be "
+                "made and filled"
             ) from error
 
     def _table(self, dataset: str) -> tuple[str, Schema]:
@@ -458,16 +471,40 @@ class ClickHouseStore:
         if schema.period is not Period.NONE and schema.time in schema.key:
             cut = f"PARTITION BY {_PARTITION[schema.period]}({_quoted(schema.time)})"
         self._command(f"CREATE DATABASE IF NOT EXISTS {_quoted(provider)}")
-        self._command(
-            f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} (marker String, lane String, seq UInt64) "
-            f"ENGINE = ReplacingMergeTree(seq) ORDER BY (marker, lane) SETTINGS {_DURABLE}"
-        )
+        self._create_commits(provider)
         self._command(
             # who comes second finds the table of who came first
             f"CREATE TABLE IF NOT EXISTS {_table_name(dataset)} ({', '.join((*columns, *_SYSTEM))}) "
             f"ENGINE = ReplacingMergeTree({_VERSION}, {_DELETED}) {cut} ORDER BY ({key}) "
             f"SETTINGS {_DURABLE} COMMENT {_literal(_comment(marker, schema))}"
         )
+        marker, schema = self._table(dataset)
+        self._note(dataset, marker, schema)
+
+    def _create_commits(self, provider: str) -> None:
+        self._command(
+            f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} (marker String, lane String, seq UInt64) "
+            f"ENGINE = ReplacingMergeTree(seq) ORDER BY (marker, lane) SETTINGS {_DURABLE}"
+        )
+
+    def _has_commits(self, provider: str) -> bool:
+        where = f"database = {_literal(provider)} AND name = {_literal(_COMMITS)}"
+        return not self._frame(f"SELECT name FROM system.tables WHERE {where}").is_empty()
+
+    def _begin_anew(self, provider: str) -> None:
+        """Give the tables of a provider whose commits somebody dropped other markers, since nobody knows any more which
+        batches they have."""
+        for dataset in self.datasets():
+            if location.split(dataset)[0] == provider:
+                self._note(dataset, uuid.uuid4().hex, self._table(dataset)[1])
+        self._create_commits(provider)
+
+    def _note(self, dataset: str, marker: str, schema: Schema) -> None:
+        """Write into the table's comment what it is, with its uuid: it keeps that when it is renamed, and a copy, which
+        gets the same comment, has another one."""
+        found = self._frame(f"SELECT {_UUID} AS uuid FROM system.tables WHERE {_named(dataset, 'name')}")
+        comment = _comment(marker, schema, found["uuid"][0])
+        self._command(f"ALTER TABLE {_table_name(dataset)} MODIFY COMMENT {_literal(comment)}")
 
     def _evolve(self, dataset: str, stored: Schema, schema: Schema, marker: str) -> None:
         new = {column.name for column in evolution.added(dataset, stored, schema)}
@@ -482,7 +519,7 @@ class ClickHouseStore:
                 self._command(f"ALTER TABLE {_table_name(dataset)} MODIFY COLUMN {_column(column, schema)}")
             previous = f"AFTER {_quoted(column.name)}"
         # the comment last: until it is there, the columns are added again, which does nothing
-        self._command(f"ALTER TABLE {_table_name(dataset)} MODIFY COMMENT {_literal(_comment(marker, schema))}")
+        self._note(dataset, marker, schema)
 
     def _admitted(
         self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema
@@ -628,9 +665,9 @@ def told(what: str) -> Iterator[None]:
         raise StoreError(f"ClickHouse refused {what}: {str(error).splitlines()[0]}") from error
 
 
-def _comment(marker: str, schema: Schema) -> str:
-    schema_text = evolution.to_text(schema)
-    return f'{{"marketsync": {json.dumps(marker)}, "schema": {schema_text}}}'
+def _comment(marker: str, schema: Schema, table: str = "") -> str:
+    noted = f'"table": {json.dumps(table)}, ' if table else ""
+    return f'{{"marketsync": {json.dumps(marker)}, {noted}"schema": {evolution.to_text(schema)}}}'
 
 
 def _column(column: Column, schema: Schema) -> str:

@@ -35,6 +35,7 @@ _WRAPPED = re.compile(r"(?:Nullable|LowCardinality)\((.*)\)")
 _COPIED = "copied"  # every value is said anew
 _ENGINE = {ColumnType.I32: "Int32", ColumnType.I64: "Int64", ColumnType.U64: "UInt64"}
 _NO_TIMES = "are no times in ISO 8601"
+_CLOCK_SET = "are no times in {} (a clock was set forward or back)"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _fit(zone: str | None, column: Column, theirs: Theirs) -> Fit:
     fit = None
     if type_ is ColumnType.STR:
         if of.startswith("FixedString"):
-            fit = Fit(f"toStringCutToZero({name})", _COPIED)
+            fit = Fit(f"replaceRegexpOne(toString({name}), '\\\\x00+$', '')", _COPIED)  # as long as it is, filled up
         elif of == "String" or of.startswith(("Enum", "UUID")):
             fit = Fit(f"toString({name})", _COPIED)
     elif type_ is ColumnType.BOOL:
@@ -166,8 +167,12 @@ def _float(target: str, theirs: Theirs, name: str) -> Fit | None:
     if of.startswith("Decimal"):
         return Fit(value, _COPIED, f"toString({value}) != toString({name})", NUMBER_WORDS)
     if of == "String":
-        value = f"to{target}OrNull({name})"
-        return Fit(value, _COPIED, f"{value} IS NULL", NUMBER_WORDS)
+        value, double = f"to{target}OrNull({name})", f"toFloat64OrNull({name})"
+        loses = f"{value} IS NULL OR isInfinite({value}) AND NOT match({name}, '(?i)inf')"
+        if target == "Float32":  # 0.1 is what Float32 shows of the nearest that it has
+            shown = f"toFloat64OrNull(toString({value}))"
+            loses += f" OR {value} != {double} AND {shown} != {double} AND NOT isNaN({value})"
+        return Fit(value, _COPIED, loses, NUMBER_WORDS)
     return None
 
 
@@ -199,15 +204,34 @@ def _instant(scale: int, theirs: Theirs, name: str, zone: str | None) -> Fit | N
     if of in ("Date", "Date32"):
         if zone is None:
             return Fit(name, refusal=f"column {theirs.name!r} is {theirs.shown}: {adoption.NO_ZONE}")
-        local = f"toDateTime64(concat(toString({name}), ' 00:00:00'), {scale}, {literal(zone)})"
-        return Fit(f"toTimeZone({local}, 'UTC')", _COPIED)
+        shown = f"concat(toString({name}), ' 00:00:00'), {scale}"
+        value = f"toTimeZone(toDateTime64OrNull({shown}, {literal(zone)}), 'UTC')"
+        return Fit(value, _COPIED, _moved(value, f"toDateTime64OrNull({shown}, 'UTC')", zone), _CLOCK_SET.format(zone))
     if of == "String":
-        value = f"parseDateTime64BestEffortOrNull({name}, {scale}, {literal(zone or 'UTC')})"
-        pattern = f"{TIME_TEXT}{OFFSET}$" if zone is None else f"{TIME_TEXT}?{OFFSET}?$"
-        what = f"{_NO_TIMES} with their zone ({adoption.NO_ZONE})" if zone is None else _NO_TIMES
-        loses = f"NOT match({name}, {literal(pattern)}) OR {value} IS NULL"
-        return Fit(f"toTimeZone({value}, 'UTC')", _COPIED, loses, what)
+        parsed = f"parseDateTime64BestEffortOrNull({name}, {scale}, {{}})"
+        value, zoned = f"toTimeZone({parsed.format(literal(zone or 'UTC'))}, 'UTC')", f"{TIME_TEXT}{OFFSET}$"
+        if zone is None:
+            loses, what = f"NOT match({name}, {literal(zoned)})", f"{_NO_TIMES} with their zone ({adoption.NO_ZONE})"
+        else:
+            moved = _moved(value, parsed.format("'UTC'"), zone)
+            loses = f"NOT match({name}, {literal(f'{TIME_TEXT}?{OFFSET}?$')}) "
+            loses += f"OR NOT match({name}, {literal(zoned)}) AND ({moved})"
+            what = f"{_NO_TIMES}, or {_CLOCK_SET.format(zone)}"
+        return Fit(value, _COPIED, f"{loses} OR {value} IS NULL", what)
     return None
+
+
+def _moved(value: str, shown: str, zone: str) -> str:
+    """Return the condition for an instant that the zone's clocks never showed as `shown`, which is said in UTC, or
+    showed twice: whose clock was set forward or back."""
+
+    def offset(instant: str) -> str:
+        return f"timeZoneOffset(toTimeZone({instant}, {literal(zone)}))"
+
+    back = f"({offset(f'subtractDays({value}, 1)')} - {offset(f'addDays({value}, 1)')})"
+    first = f"{offset(f'addSeconds({value}, {back})')} = {offset(value)} - {back}"
+    second = f"{offset(f'subtractSeconds({value}, {back})')} = {offset(value)} + {back}"
+    return f"addSeconds({value}, {offset(value)}) != {shown} OR {back} != 0 AND ({first} OR {second})"
 
 
 def named(database: str, name: str) -> str:

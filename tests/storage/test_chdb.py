@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import signal
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -14,8 +17,10 @@ from stored_frames import BARS, START, bars, batch, stamped
 
 import storage.chdb
 import storage.clickhouse
-from marketsync.errors import SchemaError, StoreBusy, StoreError
+from marketsync.errors import AdoptionRefused, ForeignTable, SchemaError, StoreBusy, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
+from storage.adoption import Wish
+from storage.clickhouse_adoption import literal
 from storage.protocol import Filter, Mode, Written
 from storage.registry import open_store
 
@@ -188,3 +193,66 @@ def test_a_table_that_is_not_ours_is_left_alone(store):
     with pytest.raises(StoreError, match="not made by MarketSync"):
         store.ensure(NAME, BARS)
     assert store.datasets() == []
+
+
+def test_a_copy_of_a_table_is_no_table_of_ours_until_it_is_adopted_and_a_renamed_one_stays_ours(store):
+    marker = store.ensure(NAME, BARS)
+    store.write(batch(NAME, bars(), 5))
+    store._command("CREATE TABLE made.copy CLONE AS made.bars")
+    store._command("CREATE TABLE made.empty AS made.bars")
+    assert store.datasets() == [NAME]
+    with pytest.raises(ForeignTable, match=re.escape("marketsync adopt made.copy")):
+        store.write(batch("made.copy", bars(), 5))
+    assert store.adopt("made.copy", BARS, Wish(segment="s", at=START)).rows == store.count("made.copy") == 96
+    assert store.marker("made.copy") != marker
+    store._command("EXCHANGE TABLES made.bars AND made.empty")
+    with pytest.raises(ForeignTable):
+        store.ensure(NAME, BARS)
+    store._command("RENAME TABLE made.empty TO made.renamed")
+    assert store.ensure("made.renamed", BARS) == marker
+    before = json.loads(store._frame("SELECT comment FROM system.tables WHERE name = 'renamed'")["comment"][0])
+    del before["table"]
+    store._command(f"ALTER TABLE made.renamed MODIFY COMMENT '{json.dumps(before)}'")
+    assert store.ensure("made.renamed", BARS) == marker  # as tables were that an earlier MarketSync made
+
+
+def test_a_provider_whose_commits_were_dropped_gets_new_ones_and_its_tables_other_markers(store):
+    markers = {name: store.ensure(name, BARS) for name in (NAME, "made.other")}
+    store.write(batch(NAME, bars(), 5))
+    store._command("DROP TABLE made._marketsync_commits SYNC")
+    assert store.ensure(NAME, BARS) != markers[NAME]
+    assert store.ensure("made.other", BARS) != markers["made.other"]
+    assert store.committed(NAME, "lane") == 0
+    assert store.write(batch(NAME, bars(), 5)) == Written(unchanged=96)
+    assert store.committed(NAME, "lane") == 5
+
+
+def test_values_that_adopting_would_change_are_refused_and_others_are_as_they_were(store):
+    new_york, times = "America/New_York", ColumnType.DATETIME
+    autumn = ["2024-11-03 00:59", "2024-11-03 01:30-05:00", "2024-11-03 02:00", "2024-11-02"]
+    hours = [(3, 4, 59), (3, 6, 30), (3, 7), (2, 4)]
+    cases = [
+        ("String", ["2024-03-10 02:30:00"], times, new_york, None),
+        ("String", ["2024-11-03 01:30"], times, new_york, None),
+        ("Date", ["2017-10-15"], times, "America/Sao_Paulo", None),
+        ("String", ["-1e400"], ColumnType.F64, None, None),
+        ("String", ["16777217"], ColumnType.F32, None, None),
+        ("String", ["1e39"], ColumnType.F32, None, None),
+        ("String", ["inf", "0.5"], ColumnType.F32, None, [math.inf, 0.5]),
+        ("FixedString(5)", ["a\0b", ""], ColumnType.STR, None, ["a\0b", ""]),
+        ("Nullable(Date32)", ["2024-11-04", None], times, new_york, [datetime(2024, 11, 4, 5, tzinfo=UTC), None]),
+        ("String", autumn, times, new_york, [datetime(2024, 11, *at, tzinfo=UTC) for at in hours]),
+    ]
+    store._command("CREATE DATABASE made")
+    for number, (of, values, type_, zone, kept) in enumerate(cases):
+        table, schema = f"made.t{number}", Schema((Column("k", ColumnType.I64), Column("v", type_)), ("k",))
+        rows = ", ".join(f"({k}, {'NULL' if v is None else literal(v)})" for k, v in enumerate(values))
+        store._command(f"CREATE TABLE {table} (k Int64, v {of}) ENGINE = MergeTree ORDER BY k")
+        store._command(f"INSERT INTO {table} VALUES {rows}")
+        wish = Wish(segment="s", at=START, zone=zone)
+        if kept is None:
+            with pytest.raises(AdoptionRefused, match=re.escape(f"'v' ({of})")):
+                store.adopt(table, schema, wish)
+        else:
+            store.adopt(table, schema, wish)
+            assert store.scan(table).collect().sort("k")["v"].to_list() == kept, values

@@ -48,6 +48,20 @@ def test_a_question_may_change_nothing_and_the_next_write_may(store):
     assert store.write(batch(DATASET, bars(first=100), 2)) == Written(inserted=96)
 
 
+def test_what_a_profile_of_the_user_would_leave_out_is_read_all_the_same(clickhouse):
+    client = clickhouse_client(clickhouse)
+    for name, value in (("limit", 7), ("max_result_rows", 7), ("result_overflow_mode", "break")):
+        client.set_client_setting(name, value)
+    client.command("SELECT 1")  # with it they stay with the front, as those of a profile do with a server
+    client.close()
+    store = open_url(clickhouse, "ch")
+    store.ensure(DATASET, BARS)
+    store.write(batch(DATASET, bars()))
+    assert store.scan(DATASET).collect().height == 96
+    assert store.write(batch(DATASET, bars(), 2)) == Written(unchanged=96)
+    store.close()
+
+
 def test_a_table_that_somebody_else_made_is_left_alone(store, clickhouse):
     client = clickhouse_client(clickhouse)
     client.command("CREATE DATABASE made")
