@@ -133,6 +133,7 @@ def _show_copied(one: Copied, dry_run: bool) -> None:
         f"{one.unchanged:,} unchanged{agree}"
     )
     if one.covered:
-        put(f"  the ledger now knows of {many(one.covered, 'symbol')} there what it knew here")
+        of = f"of {many(one.covered, 'symbol')} " if one.covered > 1 else ""
+        put(f"  the ledger now knows {of}there what it knew here")
     for line in (*one.problems, *one.remarks):
         put(f"  {line}")

@@ -494,7 +494,12 @@ def suggested(report: RunReport) -> tuple[NextStep, ...]:
     elif report.state in (RunState.PAUSED, RunState.CANCELLED):
         steps.append(NextStep(command=again, why="goes on where this run stopped"))
     elif report.work.failed:
-        steps.append(NextStep(command=again, why=f"asks again for {_many(report.work.failed, 'failed unit')}"))
+        steps.append(
+            NextStep(
+                command=again,
+                why=f"asks again for {_many(report.work.failed, 'failed unit')}, once what is told above is mended",
+            )
+        )
     stores = sorted({part.store for part in report.datasets if part.state})
     if stores:
         steps.append(NextStep(command=again, why=f"delivers what {', '.join(stores)} could not take, without fetching"))

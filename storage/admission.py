@@ -136,8 +136,11 @@ def refusals(dataset: str, rows: pl.LazyFrame, schema: Schema, kinds: Sequence[U
 
 
 def _first(rows: pl.LazyFrame, schema: Schema, kind: Unkept) -> str:
+    import polars.selectors as cs
+
     names = list(dict.fromkeys([*schema.key, kind.column]))
     found = rows.filter(kind.where).select(names).head(1).collect(engine="streaming")
+    found = found.with_columns(cs.datetime("ns").dt.to_string())  # a datetime of Python has no nanoseconds
     return ", ".join(f"{name} {shown(value)}" for name, value in found.row(0, named=True).items())
 
 
@@ -203,7 +206,11 @@ def _of_column(column: Column, schema: Schema, able: Capabilities) -> Iterator[t
         yield value > _I64_MAX, f"greater than {_I64_MAX}", "declare the column str or f64, or use another store"
     if column.type is ColumnType.DATETIME_NS and not able.nanoseconds:
         finer = value.to_physical() % 1000 != 0
-        yield finer, "finer than a microsecond", "declare the column datetime or i64, or use another store"
+        yield (
+            finer,
+            "finer than a microsecond",
+            "declare the column datetime or i64, or use another store",
+        )
     if column.type in _FLOATS and not able.nan:
         yield ~value.is_finite(), "NaN or infinite", "map them to null in the definition, or use another store"
     if column.type in _FLOATS and column.name in schema.key:

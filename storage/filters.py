@@ -55,7 +55,10 @@ def subjects(dataset: str, filter: Filter, schema: Schema) -> list[str] | None:
     if schema.subject is None:
         if list(filter.subjects) == ["*"]:
             return None
-        raise SchemaError(f"{dataset} has no subject column, so its rows cannot be filtered by subject")
+        raise SchemaError(
+            f"{dataset} has no subject column, so its rows cannot be filtered by subject; `subject:` in its definition "
+            "names the column"
+        )
     return sorted(set(filter.subjects))
 
 

@@ -133,6 +133,8 @@ def copy(
             f"{source.name} has no table of {', '.join(missing)}; it has {', '.join(there) or 'none at all'}"
         )
     chosen = list(dict.fromkeys(datasets)) or there
+    if not chosen:
+        raise ConfigurationError(f"{source.name} has no table that could be copied; is it the place that was meant?")
     surveys: list[_Survey] = []
     refused: list[str] = []
     for dataset in chosen:
@@ -144,7 +146,8 @@ def copy(
         except SchemaError as error:
             refused.append(f"{dataset} cannot be copied from {source.name} to {target.name}: {error}")
     if refused:
-        raise SchemaError("\n".join(refused))
+        others = [] if datasets or len(refused) == len(chosen) else ["Name the datasets to copy only those."]
+        raise SchemaError("\n".join([*refused, *others]))
     told_of = set().union(*(one.newest for one in surveys))
     if all(one.schema.time for one in surveys) and (unknown := set(span.subjects or ()) - told_of):
         raise ConfigurationError(f"{source.name} has no rows of {', '.join(sorted(unknown))}")
@@ -165,6 +168,12 @@ def _surveyed(source: Store, target: Store, dataset: str, span: Filter) -> _Surv
     evolution.check(dataset, held)
     schema, table = _shapes(dataset, held, target.schema(dataset))
     found = _figures(source, dataset, held.time, span)
+    counted = source.count(dataset, span)
+    if counted != found["rows"] and _figures(source, dataset, held.time, span) == found:
+        raise StoreError(
+            f"the table of {dataset} in {source.url} has {counted:,} rows, and gives {found['rows']:,} of them when "
+            "it is read: look for a limit in the settings of the server or of its user; nothing was copied"
+        )
     must = [name for name in evolution.required(schema) if name not in evolution.required(held)]
     kinds = [kind for kind in admission.unkept_by(target, dataset, table) if kind.column in schema]
     if told := admission.refusals(dataset, source.scan(dataset, span), schema, [*admission.nulls(must), *kinds]):

@@ -8,6 +8,7 @@ elsewhere; this is for those who want rows outside.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -71,6 +72,10 @@ def export(
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be written: {error.strerror}; name another place") from None
         rows = _written(source, dataset, wanted, new, schema)
+        if symbols and (unknown := _unknown(source, dataset, schema, symbols)):
+            raise ConfigurationError(f"{dataset} in {name} has no rows of {', '.join(unknown)}; nothing was written")
+        if not rows and file.exists():
+            raise ConfigurationError(f"{dataset} in {name} has no such rows; {file} was left as it is")
         sync(new)
         size = new.stat().st_size
         os.replace(new, file)
@@ -114,8 +119,12 @@ def _wanted(
     unknown = [column for column in columns if column not in schema]
     if unknown:
         raise ConfigurationError(f"{dataset} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
+    if twice := [column for column, count in Counter(columns).items() if count > 1]:
+        raise ConfigurationError(f"--columns names {', '.join(twice)} more than once")
     if symbols and schema.subject is None:
-        raise ConfigurationError(f"{dataset} has no column of symbols: leave --symbols out")
+        raise ConfigurationError(
+            f"{dataset} has no column of symbols: leave --symbols out, or name it with `subject:` in the definition"
+        )
     if (since or until) and schema.time is None:
         raise ConfigurationError(f"{dataset} has no column of times: leave --since and --until out")
     first = None if since is None else instant(since)
@@ -123,6 +132,16 @@ def _wanted(
     if first and end and first >= end:
         raise ConfigurationError(f"--since {since} is after --until {until}: no row can be between them")
     return Filter(list(symbols) or None, first, end, list(columns) or None)
+
+
+def _unknown(source: Store, dataset: str, schema: Schema, symbols: Sequence[str]) -> list[str]:
+    """Return those of the symbols that the table has no row of, whenever."""
+    import polars as pl
+
+    subject = schema.subject or ""
+    rows = source.scan(dataset, Filter(symbols, columns=[subject]))
+    known = set(rows.select(pl.col(subject).unique()).collect(engine="streaming")[subject])
+    return [symbol for symbol in symbols if symbol not in known]
 
 
 def _written(source: Store, dataset: str, wanted: Filter, file: Path, schema: Schema, looks: int = 3) -> int:

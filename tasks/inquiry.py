@@ -513,7 +513,10 @@ def explain(workspace: Workspace, dataset: str, subject: str, day: date | None =
     if day is None:
         lines.append(f"{dataset} is a list without dates: this is how it stands, whatever the day.")
     if spec.subject_column is None:
-        lines.append(f"{dataset} has no column for a symbol: what is told here is true of all its rows.")
+        lines.append(
+            f"{dataset} has no column for a symbol (`subject:` in its definition names one): what is told here is true "
+            "of all its rows."
+        )
     looked_at = [Scope(workspace, plan, dataset, "", workspace.clock.now()) for plan in plans]
     askers = [scope for scope in looked_at if not _unknown_subjects(scope) and _asked_as(scope, subject) is not None]
     for scope in sorted(looked_at, key=lambda scope: scope in askers):  # the conclusion is of a plan that asks for it

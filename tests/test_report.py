@@ -163,7 +163,11 @@ def troubled() -> RunReport:
             ),
         ),
         left_out={"dropped": 7},
-        next_steps=(NextStep(command="marketsync sync nightly", why="asks again for 1 failed unit"),),
+        next_steps=(
+            NextStep(
+                command="marketsync sync nightly", why="asks again for 1 failed unit, once what is told above is mended"
+            ),
+        ),
     )
 
 

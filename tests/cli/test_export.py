@@ -161,7 +161,7 @@ def test_parquet_is_the_rows_themselves(place: Path):
 
 
 def test_symbols_days_and_columns_choose_rows(place: Path, monkeypatch: pytest.MonkeyPatch):
-    chosen = ("--symbols", "IBM,none", "--since", "2024-03-01", "--until", "2024-03-01", "--columns", "close,ts")
+    chosen = ("--symbols", "IBM", "--since", "2024-03-01", "--until", "2024-03-01", "--columns", "close,ts")
     assert ended(monkeypatch, "export", "made.bars", "day.parquet", *chosen, "--json") == 0
     frame = pl.read_parquet("day.parquet")
     assert frame.columns == ["close", "ts"]
@@ -173,13 +173,28 @@ def test_symbols_days_and_columns_choose_rows(place: Path, monkeypatch: pytest.M
 
 def test_nothing_to_write_is_a_file_with_a_header(place: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     for suffix in ("csv", "xlsx", "parquet"):
-        assert ended(monkeypatch, "export", "made.bars", f"none.{suffix}", "--symbols", "nobody") == 0
+        assert ended(monkeypatch, "export", "made.bars", f"none.{suffix}", "--since", "2030-01-01") == 0
         assert "0 rows of made.bars" in capsys.readouterr().out
     assert (place / "none.csv").read_text(encoding="utf-8-sig") == "symbol,ts,close,note,day,trade\n"
     assert pl.read_parquet("none.parquet").schema == pl.Schema(SCHEMA.polars())
     sheet = openpyxl.load_workbook("none.xlsx").active
     assert sheet is not None
     assert [cell.value for cell in sheet[1]] == SCHEMA.names
+
+
+def test_nothing_takes_the_place_of_no_file_and_a_symbol_without_rows_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    (place / "bars.csv").write_text("mine")
+    for asked, told in (
+        (("--since", "2030-01-01"), "made.bars in default has no such rows; bars.csv was left as it is"),
+        (("--symbols", "000001,nobody,NONE"), "made.bars in default has no rows of nobody, NONE; nothing was written"),
+        (("--columns", "close,ts,close"), "--columns names close more than once"),
+    ):
+        assert ended(monkeypatch, "export", "made.bars", "bars.csv", "--force", *asked) == 2
+        assert told in capsys.readouterr().err
+    assert (place / "bars.csv").read_text() == "mine"
+    assert sorted(file.name for file in place.glob("*.csv")) == ["bars.csv"]
 
 
 def test_a_file_that_is_there_is_kept_unless_it_is_forced(place: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -20,6 +20,7 @@ from polars.testing import assert_frame_equal
 from synced_place import Place
 from typer.testing import CliRunner, Result
 
+import storage.delta
 import storage.lazyframes
 import storage.parquet
 import tasks.compare
@@ -423,6 +424,20 @@ def noted(text: str) -> pl.DataFrame:
 def days(*on: date) -> pl.DataFrame:
     rows = {"symbol": ["A"] * len(on), "ts": on, "close": 1.0, "volume": 1}
     return stamped(pl.DataFrame(rows, schema=DAILY_BARS.polars()))
+
+
+def test_a_place_without_tables_is_told_and_a_source_that_gives_less_than_it_has_is_not_copied(
+    source: str, tmp_path: Path, monkeypatch
+):
+    target = f"delta://{tmp_path}/target"
+    for empty in (f"parquet://{tmp_path}/nothere", f"delta://{tmp_path}"):
+        told = CliRunner().invoke(build(), ["copy", "--from", empty, "--to", target, "--dry-run"])
+        assert isinstance(told.exception, ConfigurationError)
+        assert "has no table that could be copied" in str(told.exception)
+    scan = storage.delta.DeltaStore.scan
+    monkeypatch.setattr(storage.delta.DeltaStore, "scan", lambda *asked: scan(*asked).head(7))
+    with pytest.raises(StoreError, match="has 6,000 rows, and gives 7 of them when it is read: look for a limit"):
+        copy(source, target)
 
 
 @pytest.mark.parametrize(
