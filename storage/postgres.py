@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from marketsync.document import closest
 from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
@@ -78,6 +78,10 @@ _TYPES = {
 _SYSTEM = {SEGMENT_COLUMN: 'text COLLATE "C"', INGESTED_COLUMN: "timestamp with time zone"}
 _SENT = {ColumnType.F32: "float4send", ColumnType.F64: "float8send"}
 Cursor = Any  # psycopg's own takes texts that are known when the program is written, and tables have names
+_UNKEPT = (
+    "the database's encoding has no such character: make one that has them all (CREATE DATABASE ... ENCODING 'UTF8' "
+    "TEMPLATE template0), and name that in the URL"
+)
 # what is wrong with the text of a query: syntax error or access rule violation, data exception
 _NOT_THE_STORE = re.compile(r"42|22|0A|25006")
 
@@ -95,6 +99,7 @@ class PostgresStore:
         self._lock = threading.RLock()
         self._open: psycopg.Connection | None = None
         self._closed = False
+        self._quoting: bool | None = None  # known when the server was asked
 
     # the table: creation, identity, shape
 
@@ -347,7 +352,14 @@ class PostgresStore:
             raise StoreError(f"the store {self.url} was closed; open it again")
         if self._open is None or self._open.closed or self._open.broken:
             self._open = psycopg.connect(self._address)
-            self._open.execute("SET TimeZone = 'UTC'; SET standard_conforming_strings = on")
+            # writers wait for one another, and then see what the other has done
+            self._open.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            said = self._open.execute(
+                "SELECT set_config('TimeZone', 'UTC', false), set_config('standard_conforming_strings', 'on', false), "
+                "current_setting('quote_all_identifiers')"
+            ).fetchone()
+            # ADBC asks the server for the names of its types, and knows none in quotes
+            self._quoting = said is not None and said[2] == "on"
             self._open.commit()
         return self._open
 
@@ -360,11 +372,9 @@ class PostgresStore:
             yield
         except psycopg.Error as error:
             why = " ".join(str(error).split())
-            unreachable = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-            remedy = "; is the server up, and does the URL name its host, database and user?" if unreachable else ""
-            if unreachable and "SSL" in why:
-                remedy = "; is the server's certificate one of the authority in sslrootcert, and made for this host?"
-            raise StoreError(f"PostgreSQL {self.url}, {what}: {why}{remedy}") from error
+            raise StoreError(f"PostgreSQL {self.url}, {what}: {why}{_remedy(error, why)}") from error
+        except UnicodeError as error:
+            raise StoreError(f"PostgreSQL {self.url}, {what}: {error}; {_UNKEPT}") from error
 
     @contextmanager
     def _transaction(self, what: str) -> Iterator[Cursor]:
@@ -378,8 +388,11 @@ class PostgresStore:
         import pyarrow as pa
         from adbc_driver_manager import Error
 
+        if self._quoting is None:
+            with self._lock, self._told(what):
+                self._connection()
         try:
-            with _adbc(self._address) as connection, connection.cursor() as cursor:
+            with _adbc(self._address, quoting=bool(self._quoting)) as connection, connection.cursor() as cursor:
                 if read_only:
                     cursor.execute("SET default_transaction_read_only = on")
                     connection.commit()
@@ -580,10 +593,17 @@ def open_url(url: str, name: str) -> PostgresStore:
         raise ConfigurationError(f"the store {name} names no database: write postgresql://user@host:5432/database")
     if options:
         _refuse_unknown(options, name)
+    if options.get("client_encoding", "utf8").lower() not in ("utf8", "utf-8"):
+        raise ConfigurationError(
+            f"the store {name}: client_encoding={options['client_encoding']}: text goes to the server as UTF-8, whatever "
+            "its database keeps; leave the option out"
+        )
+    # whatever a role, a database or PGCLIENTENCODING says
+    options["client_encoding"] = "utf8"
     options.setdefault("connect_timeout", "10")
     options.setdefault("application_name", "marketsync")
-    query = urlencode(options, quote_via=quote)
-    address = urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
+    # with // also where there is no host, but a socket (?host=/run/postgresql)
+    address = f"postgresql://{parts.netloc}{parts.path}?{urlencode(options, quote_via=quote)}"
     host = parts.netloc.rpartition("@")[2]
     return PostgresStore(f"postgresql://{host}{parts.path}", name, address, partition)
 
@@ -603,10 +623,30 @@ def _refuse_unknown(options: Iterable[str], name: str) -> None:
             )
 
 
-def _adbc(address: str) -> dbapi.Connection:
+def _adbc(address: str, *, quoting: bool) -> dbapi.Connection:
     from adbc_driver_postgresql import dbapi
 
+    if quoting:  # only then: a pooler between us and the server may take no options
+        place, _, query = address.partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        options["options"] = f"{options.get('options', '')} -c quote_all_identifiers=off".strip()
+        address = f"{place}?{urlencode(options, quote_via=quote)}"
     return dbapi.connect(address, autocommit=False)
+
+
+def _remedy(error: psycopg.Error, why: str) -> str:
+    """Return what to do about an error, after its words; nothing where they say it."""
+    import psycopg
+
+    if error.sqlstate == "22P05":
+        return f"; {_UNKEPT}"
+    if not isinstance(error, psycopg.OperationalError) or error.sqlstate is not None:
+        return ""
+    if "does not support SSL" in why:
+        return "; the server has no TLS: turn it on there (ssl = on), or write sslmode=prefer or disable into the URL"
+    if "SSL" in why:
+        return "; is the server's certificate one of the authority in sslrootcert, and made for this host?"
+    return "; is the server up, and does the URL name its host, database, user and password?"
 
 
 def _partitioned(cursor: Cursor, dataset: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -140,6 +141,74 @@ def test_a_lost_connection_is_told_and_the_next_call_has_another(store, postgres
     assert store.write(batch(DATASET, bars())) == Written(inserted=96)
 
 
+def test_what_a_database_prefers_changes_nothing_of_what_is_written_and_read(postgres):
+    database = postgres.rpartition("/")[2]
+    rows = bars(("é中",), rows=2)
+    for number, preference in enumerate(("client_encoding = 'LATIN1'", "quote_all_identifiers = on")):
+        asked(postgres, f"ALTER DATABASE {database} SET {preference}")
+        store = open_url(postgres + "?options=-c%20statement_timeout%3D60s", "pg")
+        dataset = f"made.bars{number}"
+        store.ensure(dataset, BARS)
+        store.write(batch(dataset, rows))
+        assert store.write(batch(dataset, rows, 2)) == Written(unchanged=2), preference
+        assert store.scan(dataset, Filter(["é中"])).collect().equals(rows.select(BARS.names)), preference
+        assert store.query("SELECT current_setting('statement_timeout') AS s").item() == "1min"
+        store.close()
+        asked(postgres, f"ALTER DATABASE {database} RESET ALL")
+
+
+def test_a_database_of_another_encoding_keeps_text_as_it_is_or_refuses_it(postgres):
+    for encoding, kept in (("LATIN1", "é"), ("SQL_ASCII", "中")):
+        database = f"{postgres.rpartition('/')[2]}_{encoding.lower()}"
+        asked(postgres, f"CREATE DATABASE {database} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
+        try:
+            url = f"{postgres.rpartition('/')[0]}/{database}"
+            store = open_url(url, "pg")
+            store.ensure(DATASET, BARS)
+            store.write(batch(DATASET, bars((kept,), rows=1)))
+            assert store.watermarks(DATASET) == {kept: datetime(2001, 1, 30, 9, 30, tzinfo=UTC)}
+            assert store.datasets() == [DATASET]
+            if encoding == "LATIN1":
+                with pytest.raises(StoreError, match=r"has no such character: make one that has them all"):
+                    store.write(batch(DATASET, bars(("中",), rows=1), 2))
+            assert asked(f"{url}?client_encoding=utf8", f"SELECT symbol FROM {DATASET}") == [(kept,)]
+            store.close()
+        finally:
+            asked(postgres, f"DROP DATABASE {database} WITH (FORCE)")
+
+
+def test_writers_of_the_same_rows_wait_for_one_another_whatever_isolation_is_the_default(postgres):
+    asked(postgres, f"ALTER DATABASE {postgres.rpartition('/')[2]} SET default_transaction_isolation = 'serializable'")
+    wrong: list[Exception] = []
+
+    def write(lane: str) -> None:
+        store = open_url(postgres, "pg")
+        try:
+            store.ensure(DATASET, BARS)
+            for seq in range(1, 9):
+                store.write(batch(DATASET, bars(rows=50, add=float(seq)), seq, lane=lane))
+        except StoreError as error:
+            wrong.append(error)
+        store.close()
+
+    threads = [threading.Thread(target=write, args=(lane,)) for lane in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_socket_is_named_by_its_folder_and_a_server_without_tls_is_told_apart(tmp_path: Path, postgres):
+    store = open_url(f"postgresql:///market?host={tmp_path}", "pg")
+    with pytest.raises(StoreError, match=re.escape(f'socket "{tmp_path}') + r".*user and password\?"):
+        store.marker(DATASET)
+    if asked(postgres, "SHOW ssl") == [("off",)]:
+        store = open_url(f"{postgres}?sslmode=require", "pg")
+        with pytest.raises(StoreError, match=r"the server has no TLS: turn it on there"):
+            store.marker(DATASET)
+
+
 def test_a_server_that_is_not_there_is_named_with_what_to_look_at_and_without_the_password():
     store = open_url("postgresql://me:pa55word@127.0.0.1:1/market?sslmode=disable", "pg")
     assert store.url == "postgresql://127.0.0.1:1/market"
@@ -155,6 +224,7 @@ def test_a_server_that_is_not_there_is_named_with_what_to_look_at_and_without_th
         ("postgresql://host", "names no database"),
         ("postgresql://host/", "names no database"),
         ("postgresql://host/db?partition=week", "'week' is none of none, month, year"),
+        ("postgresql://host/db?client_encoding=latin1", "latin1: text goes to the server as UTF-8"),
         ("postgresql://host/db?sslmod=require", "sslmod is no option.*did you mean sslmode"),
     ],
 )
