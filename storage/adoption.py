@@ -191,7 +191,7 @@ def counted(rows: pl.LazyFrame, schema: Schema, every: timedelta | None) -> pl.D
 # ---------------------------------------------------------------- values, where rows are copied
 
 _OFFSET = r"(?:Z|[+-]\d\d:?\d\d)$"
-_ISO = r"^\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,DIGITS}0*)?)?)?(?:Z|[+-]\d\d:?\d\d)?$"
+_ISO = r"^\d{4}-\d\d-\d\d(?:[T ](?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:\.\d{1,DIGITS}0*)?)?)?(?:Z|[+-]\d\d:?\d\d)?$"
 
 
 @dataclass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_EXACT = 2**53  # the last whole number up to which doubles have all
 DAY_TEXT = "^[0-9]{4}-?[0-9]{2}-?[0-9]{2}( 00:00:00)?$"
 OFFSET = "(Z|[+-][0-9]{2}(:?[0-9]{2})?)"
-TIME_TEXT = "^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,6})?)?)"
+TIME_TEXT = "^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9]([.][0-9]{1,6})?)?)"
 WHOLE_WORDS = "hold no whole number that fits"
 NUMBER_WORDS = "would not be the same number"
 DAY_WORDS = "are no days"
@@ -89,13 +89,14 @@ class Look:
     rows: str = ""  # what to select from, where that is more than the table's name
     names: Names = field(default_factory=lambda: Names({}, (), ()))
     fits: dict[str, Fit] = field(default_factory=dict)
+    against: Sequence[str] = ()  # reasons that the engine has found in the table as a whole
 
     def __post_init__(self) -> None:
         self.rows = self.rows or self.table
 
     def refuse(self) -> None:
         """Raise `AdoptionRefused` with every reason there is."""
-        reasons: list[str] = []
+        reasons = [*self.against]
         quoted = self.dialect.quoted
         self.names = adoption.matched(self.schema, list(self.columns), self.wish, reasons)
         for ours, theirs in self.names.theirs.items():

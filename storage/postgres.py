@@ -531,6 +531,11 @@ class PostgresStore:
                         include_header=False, quote_style="non_numeric", datetime_format="%Y-%m-%d %H:%M:%S%.6f+00"
                     ).encode()
                 )
+        if cursor.rowcount != frame.height:
+            raise StoreError(
+                f"PostgreSQL {self.url} took {cursor.rowcount:,} of {frame.height:,} rows for {table}, and said "
+                "nothing of the others: is there a trigger on it? Nothing was written; drop what takes rows away"
+            )
 
     def _upsert(self, cursor: Cursor, dataset: str, schema: Schema, rows: int, absent: Sequence[str]) -> Written:
         """Take from the stage what is new or differs; rows that are equal stay as they are."""
@@ -595,8 +600,8 @@ def open_url(url: str, name: str) -> PostgresStore:
         _refuse_unknown(options, name)
     if options.get("client_encoding", "utf8").lower() not in ("utf8", "utf-8"):
         raise ConfigurationError(
-            f"the store {name}: client_encoding={options['client_encoding']}: text goes to the server as UTF-8, whatever "
-            "its database keeps; leave the option out"
+            f"the store {name}: client_encoding={options['client_encoding']}: text goes to the server as UTF-8, "
+            "whatever its database keeps; leave the option out"
         )
     # whatever a role, a database or PGCLIENTENCODING says
     options["client_encoding"] = "utf8"

@@ -39,6 +39,22 @@ _PLAIN = {
     ColumnType.F64: "float8",
     ColumnType.DATE: "date",
 }
+# the times that Python and polars have too; the engine's begin earlier, end later, and two of them are infinite
+_SPAN = {
+    "date": "DATE '0001-01-01' AND DATE '9999-12-31'",
+    "timestamp": "TIMESTAMP '0001-01-01' AND TIMESTAMP '9999-12-31 23:59:59.999999'",
+    "timestamptz": "TIMESTAMPTZ '0001-01-01 00:00+00' AND TIMESTAMPTZ '9999-12-31 23:59:59.999999+00'",
+}
+_SPAN_WORDS = "are in no year from 1 to 9999"
+# what adds, changes or hides rows behind a writer's back: {0} is its name, {1} the table's
+_AGAINST = {
+    "trigger": "its trigger {0} may change rows that are written, or leave them out: DROP TRIGGER {0} ON {1}",
+    "rule": "its rule {0} may change rows that are written, or leave them out: DROP RULE {0} ON {1}",
+    "partition": "it is a partition of {0}: ALTER TABLE {0} DETACH PARTITION {1}",
+    "parent": "the rows of {0}, which inherits from it, are read as its own: ALTER TABLE {0} NO INHERIT {1}",
+    "child": "it inherits from {0}, where its rows are read too: ALTER TABLE {1} NO INHERIT {0}",
+    "policy": "row-level security may hide rows of it: ALTER TABLE {1} DISABLE ROW LEVEL SECURITY",
+}
 _OTHERS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "cut into partitions"}
 
 
@@ -96,7 +112,23 @@ def look(cursor: Cursor, place: tuple[str, str], schema: Schema, wish: Wish, typ
         {row[0]: Theirs(*row) for row in columns},
         [Index(*row) for row in indexes],
         dialect(cursor, partial(_fit, table, types, wish.zone), table),
+        against=_against(cursor, table),
     )
+
+
+def _against(cursor: Cursor, table: str) -> list[str]:
+    """Return the reasons against a table whose rows are not only those that a writer puts there."""
+    found = cursor.execute(
+        "SELECT 'trigger', quote_ident(tgname) FROM pg_trigger WHERE tgrelid = %(table)s::regclass "
+        "AND NOT tgisinternal "
+        "UNION ALL SELECT 'rule', quote_ident(rulename) FROM pg_rewrite WHERE ev_class = %(table)s::regclass "
+        "UNION ALL SELECT CASE WHEN c.relispartition THEN 'partition' ELSE 'child' END, inhparent::regclass::text "
+        "FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid WHERE inhrelid = %(table)s::regclass "
+        "UNION ALL SELECT 'parent', inhrelid::regclass::text FROM pg_inherits WHERE inhparent = %(table)s::regclass "
+        "UNION ALL SELECT 'policy', '' FROM pg_class WHERE oid = %(table)s::regclass AND relrowsecurity ORDER BY 1, 2",
+        {"table": table},
+    ).fetchall()
+    return [_AGAINST[kind].format(name, table) for kind, name in found]
 
 
 def dialect(cursor: Cursor, fit: Any, table: str) -> Dialect:
@@ -128,6 +160,9 @@ def statements(look: Look, place: tuple[str, str], dataset: str, types: Types, s
     for ours, fit in look.fits.items():
         column = look.columns[look.names.theirs[ours]]
         name = quoted(ours)
+        if column.filled:
+            # a batch of a schema without the column leaves it out, and has no value for it
+            changes += [f"ALTER COLUMN {name} DROP IDENTITY IF EXISTS", f"ALTER COLUMN {name} DROP DEFAULT"]
         if fit.type is not None:
             # the values are said by the name that the column has by then
             changes.append(f"ALTER COLUMN {name} TYPE {fit.type} USING {fit.value.replace(quoted(column.name), name)}")
@@ -174,8 +209,13 @@ def _fit(table: str, types: Types, zone: str | None, column: Column, theirs: The
     using = f"{name}::{sql.split(' COLLATE')[0]}"
     if type_ is ColumnType.STR and of in _TEXTS:
         return Fit(name) if of == "text" and theirs.collation == "C" else Fit(f"{name}::text", sql)
-    if of == _PLAIN.get(type_) or (type_ is ColumnType.U64 and theirs.shown == "numeric(20,0)"):
+    if type_ is ColumnType.DATE and of == "date":
+        return Fit(name, None, _outside("date", name), _SPAN_WORDS, then=by_hand("..."))
+    if of == _PLAIN.get(type_):
         return Fit(name)
+    if type_ is ColumnType.U64 and theirs.shown == "numeric(20,0)":
+        low, high = WHOLE[type_]
+        return Fit(name, None, f"{name} NOT BETWEEN {low} AND {high}", WHOLE_WORDS, then=by_hand("..."))
     if type_ in WHOLE:
         fit = _whole(type_, sql, of, name, by_hand("..."))
     elif type_ in (ColumnType.F32, ColumnType.F64):
@@ -231,12 +271,11 @@ def _float(type_: ColumnType, sql: str, theirs: Theirs, name: str, then: str) ->
 
 
 def _date(of: str, name: str, zone: str, then: str) -> Fit | None:
-    if of == "timestamp":
-        return Fit(f"{name}::date", "date", f"{name} <> date_trunc('day', {name})", "are not at midnight", then=then)
-    if of == "timestamptz":
-        local = f"({name} AT TIME ZONE {_literal(zone)})"
-        loses = f"{local} <> date_trunc('day', {local})"
-        return Fit(f"{local}::date", "date", loses, f"are not at midnight in {zone} (see --zone)", then=then)
+    if of in ("timestamp", "timestamptz"):
+        local = name if of == "timestamp" else f"({name} AT TIME ZONE {_literal(zone)})"
+        where = "" if of == "timestamp" else f" in {zone} (see --zone)"
+        loses = f"{local} <> date_trunc('day', {local}) OR {_outside('timestamp', local)}"
+        return Fit(f"{local}::date", "date", loses, f"are not at midnight{where}, or {_SPAN_WORDS}", then=then)
     if of in (*_TEXTS, "int4", "int8"):
         return Fit(f"{name}::text::date", "date", f"{name}::text !~ '{DAY_TEXT}'", DAY_WORDS, then=then)
     return None
@@ -245,24 +284,46 @@ def _date(of: str, name: str, zone: str, then: str) -> Fit | None:
 def _instant(sql: str, theirs: Theirs, name: str, zone: str | None, then: str) -> Fit | None:
     of, text = theirs.of, f"{name}::text"
     if of == "timestamptz":
-        return Fit(name, None if theirs.size in (-1, 6) else sql)
+        kept = None if theirs.size in (-1, 6) else sql
+        return Fit(name, kept, _outside(of, name), _SPAN_WORDS, then=then)
     if of in ("timestamp", "date"):
         if zone is None:
             return Fit(name, refusal=f"column {theirs.name!r} is {theirs.shown}: {adoption.NO_ZONE}")
         local = f"{name}::timestamp"
-        moved = f"({local} AT TIME ZONE {_literal(zone)})"
-        loses = f"{moved} AT TIME ZONE {_literal(zone)} <> {local}"
-        return Fit(moved, sql, loses, f"are no times in {zone}, where a clock was set forward", then=then)
-    if of in _TEXTS and zone is None:
-        what = f"are no times in ISO 8601 with their zone ({adoption.NO_ZONE})"
-        return Fit(f"{text}::timestamptz", sql, f"{text} !~ '{TIME_TEXT}{OFFSET}$'", what, then=then)
-    if of in _TEXTS:
-        value = (
-            f"CASE WHEN {text} ~ '{TIME_TEXT}{OFFSET}$' THEN {text}::timestamptz "
-            f"ELSE {text}::timestamp AT TIME ZONE {_literal(zone or '')} END"
-        )
-        return Fit(value, sql, f"{text} !~ '{TIME_TEXT}?{OFFSET}?$'", "are no times in ISO 8601", then=then)
-    return None
+        what = f"are no times in {zone} (a clock was set forward or back), or {_SPAN_WORDS}"
+        return Fit(_moved(local, zone), sql, _unclear(local, zone), what, then=then)
+    if of not in _TEXTS:
+        return None
+    zoned, instant = f"{text} ~ '{TIME_TEXT}{OFFSET}$'", f"{text}::timestamptz"
+    without, value = "true", instant
+    what = f"are no times in ISO 8601 with their zone ({adoption.NO_ZONE})"
+    if zone is not None:
+        local = f"{text}::timestamp"
+        value = f"CASE WHEN {zoned} THEN {instant} ELSE {_moved(local, zone)} END"
+        without = f"CASE WHEN {text} !~ '{TIME_TEXT}?{OFFSET}?$' THEN true ELSE {_unclear(local, zone)} END"
+        what = f"are no times in ISO 8601, or none in {zone} (a clock was set forward or back)"
+    loses = f"CASE WHEN {zoned} THEN {_outside('timestamptz', instant)} ELSE {without} END"
+    return Fit(value, sql, loses, what, then=then)
+
+
+def _outside(of: str, value: str) -> str:
+    return f"{value} NOT BETWEEN {_SPAN[of]}"
+
+
+def _moved(local: str, zone: str) -> str:
+    return f"({local} AT TIME ZONE {_literal(zone)})"
+
+
+def _unclear(local: str, zone: str) -> str:
+    """Return what holds for a time that clocks of the zone never showed, or showed twice, or out of the span."""
+    in_zone, moved = f"AT TIME ZONE {_literal(zone)}", _moved(local, zone)
+    # an instant that looks the same has the offset that clocks had a day earlier, or have a day later
+    others = []
+    for near in (f"({moved} - interval '24 hours')", f"({moved} + interval '24 hours')"):
+        other = f"(({local} - (({near} {in_zone}) - ({near} AT TIME ZONE 'UTC'))) AT TIME ZONE 'UTC')"
+        others.append(f"({other} <> {moved} AND {other} {in_zone} = {local})")
+    wrong = " OR ".join((_outside("timestamptz", moved), f"{moved} {in_zone} <> {local}", *others))
+    return f"CASE WHEN {_outside('timestamp', local)} THEN true ELSE {wrong} END"
 
 
 def _table(place: tuple[str, str]) -> str:

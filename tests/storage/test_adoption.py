@@ -5,6 +5,7 @@ is refused with its reason, and then nothing is changed."""
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -19,7 +20,7 @@ from polars.testing import assert_frame_equal
 from stored_frames import BARS, bars, batch, differences, stamped
 
 import storage.adoption_copies
-from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError
+from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
 from storage.adoption import Wish
 from storage.protocol import Filter, Mode
@@ -304,6 +305,8 @@ def test_columns_keys_and_defaults_of_the_user_stay_through_later_writes(place_o
         ("2024-11-03 01:30:00", None),  # twice in New York
         ("2024-03-10 02:30:00", None),  # never
         ("2024-13-01 09:30:00", None),
+        ("2024-02-01T23:59:60Z", None),
+        ("2024-02-01T24:00:00Z", None),
         ("1706625000", None),
     ],
 )
@@ -357,6 +360,96 @@ def test_a_view_a_wrong_name_and_an_index_that_is_too_strict_are_refused(place_o
     made_by_hand.run(place, ["CREATE UNIQUE INDEX one_each ON prices (symbol)"])
     with pytest.raises(AdoptionRefused, match="unique index 'one_each' over symbol would refuse rows"):
         store.adopt(dataset, BARS, replace(WISH, table="prices"))
+    store.close()
+
+
+NO_TIMES = {
+    "never": ("timestamp", "2024-03-10 02:30:00", ColumnType.DATETIME),
+    "twice": ("timestamp", "2024-11-03 01:30:00", ColumnType.DATETIME),
+    "never_text": ("varchar", "2024-03-10 02:30:00", ColumnType.DATETIME),
+    "twice_text": ("varchar", "2024-11-03T01:30:00", ColumnType.DATETIME),
+    "sixty": ("varchar", "2024-02-01T23:59:60Z", ColumnType.DATETIME),
+    "twenty_four": ("varchar", "2024-02-01T24:00:00Z", ColumnType.DATETIME),
+    "endless": ("timestamptz", "infinity", ColumnType.DATETIME),
+    "endless_local": ("timestamp", "-infinity", ColumnType.DATETIME),
+    "before": ("timestamptz(3)", "0044-03-15 00:00:00+00 BC", ColumnType.DATETIME),
+    "after": ("varchar", "9999-12-31T23:30:00-05", ColumnType.DATETIME),
+    "endless_day": ("date", "infinity", ColumnType.DATE),
+    "late_day": ("timestamp", "10000-01-01 00:00:00", ColumnType.DATE),
+    "below": ("numeric(20, 0)", "-1", ColumnType.U64),
+    "above": ("numeric(20, 0)", "18446744073709551616", ColumnType.U64),
+}
+
+
+def test_what_a_column_of_ours_could_not_give_back_is_refused_by_postgresql(place_of, dataset):
+    place = place_of("postgresql")
+    columns = tuple(Column(name, type_) for name, (_, _, type_) in NO_TIMES.items())
+    schema = Schema((Column("k", ColumnType.I64, nullable=False), *columns), ("k",))
+    types = {"k": "bigint", **{name: of for name, (of, _, _) in NO_TIMES.items()}}
+    made_by_hand.make(place, dataset, types, [(1, *(value for _, value, _ in NO_TIMES.values()))])
+    store: Any = place.open()
+    with pytest.raises(AdoptionRefused) as refused:
+        store.adopt(dataset, schema, replace(WISH, zone="America/New_York"))
+    for (name, (_, value, _)), reason in zip(NO_TIMES.items(), refused.value.reasons, strict=True):
+        assert re.search(rf"'{name}' .*in 1 row, such as {re.escape(value)}; ALTER TABLE", reason)
+    store.close()
+
+
+def test_a_table_whose_rows_are_not_only_those_that_are_written_is_refused(place_of, dataset):
+    place = place_of("postgresql")
+    made_by_hand.make(place, dataset, WHOLE, GOOD, name="public.prices")
+    made_by_hand.run(
+        place,
+        [
+            "CREATE TABLE more () INHERITS (prices)",
+            "CREATE TABLE above (symbol varchar(20))",
+            "ALTER TABLE prices INHERIT above",
+            "CREATE FUNCTION gone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+            "CREATE TRIGGER away BEFORE INSERT ON prices FOR EACH ROW EXECUTE FUNCTION gone()",
+            "CREATE RULE nothing AS ON DELETE TO prices DO INSTEAD NOTHING",
+            "ALTER TABLE prices ENABLE ROW LEVEL SECURITY",
+        ],
+    )
+    store: Any = place.open()
+    wish = replace(WISH, table="prices")
+    remedies = []
+    for dry in (True, False):
+        with pytest.raises(AdoptionRefused) as refused:
+            store.adopt(dataset, BARS, replace(wish, dry=dry))
+        remedies = [reason.rpartition(": ")[2] for reason in refused.value.reasons]
+        assert [" ".join(remedy.split()[:3]) for remedy in remedies] == [
+            'ALTER TABLE "public"."prices"',
+            "ALTER TABLE more",
+            'ALTER TABLE "public"."prices"',
+            "DROP RULE nothing",
+            "DROP TRIGGER away",
+        ]
+    made_by_hand.run(place, remedies)
+    store.adopt(dataset, BARS, wish)
+    # what comes later is noticed where the server counts what it took
+    made_by_hand.run(
+        place,
+        [f"CREATE TRIGGER away BEFORE INSERT ON {dataset} FOR EACH ROW EXECUTE FUNCTION gone()"],
+    )
+    with pytest.raises(StoreError, match="took 0 of 96 rows"):
+        store.write(batch(dataset, bars(), mode=Mode.APPEND))
+    assert store.count(dataset) == 2
+    store.close()
+
+
+def test_a_default_of_the_user_is_no_value_of_a_row_that_has_none(place_of, dataset):
+    place = place_of("postgresql")
+    types = {**WHOLE, "close": "real DEFAULT 7", "volume": "int GENERATED BY DEFAULT AS IDENTITY"}
+    made_by_hand.make(place, dataset, types, GOOD)
+    store: Any = place.open()
+    store.adopt(dataset, BARS, WISH)
+    older = Schema(tuple(c for c in BARS.columns if c.name in BARS.key), BARS.key, BARS.time, BARS.subject, BARS.period)
+    for seq, mode in enumerate(Mode, 1):
+        rows = bars((f"NEW{seq}",), rows=1).drop("close", "volume")
+        store.write(batch(dataset, rows, seq, mode=mode, schema=older))
+    assert (
+        store.scan(dataset).filter(pl.col("close").is_not_null() | pl.col("volume").is_not_null()).collect().height == 2
+    )
     store.close()
 
 
