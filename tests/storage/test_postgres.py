@@ -30,7 +30,7 @@ def store(postgres: str) -> Iterator[PostgresStore]:
 
 def asked(url: str, sql: str) -> list[tuple]:
     with psycopg.connect(url, autocommit=True) as connection:
-        found = connection.execute(sql)  # pyright: ignore[reportArgumentType]
+        found = connection.execute(sql)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return found.fetchall() if found.description else []
 
 
