@@ -10,9 +10,9 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 from marketsync.coverage import Interval, merged
@@ -34,8 +34,8 @@ from marketsync.report import (
     watermarks_of,
 )
 from storage.files import write_whole
-from storage.lazyframes import reading
-from storage.protocol import Store, Written
+from storage.lazyframes import reading, watermarks
+from storage.protocol import Filter, Store, Written
 from tasks import quarantine
 from tasks.fetch import Fetched
 from tasks.runner import AIR_SECONDS, Pending, Runner, ThreadRunner
@@ -51,6 +51,7 @@ SHOWN_WATERMARKS = 1000
 CHORES_EVERY = timedelta(days=7)
 FORGET_AFTER = timedelta(days=90)
 FULL_BELOW = 200_000  # rows; smaller tables are judged from end to end every time
+WATERMARKS_BELOW = 2_000_000  # rows; the newest times of smaller tables are read every time
 
 
 @dataclass
@@ -248,8 +249,18 @@ def _judged(
         )
     if reopen and (late := reopened(judgement, coverage, scope.timing)):
         scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
-    marks = store.watermarks(scope.dataset) if there and small else {}
+    marks = _newest(scope, store, small, touched) if there else {}
     return replace(part, judgement=judgement, watermarks=watermarks_of(judgement, marks)[:SHOWN_WATERMARKS])
+
+
+def _newest(scope: Scope, store: Store, small: bool, touched: Sequence[Interval]) -> Mapping[str, datetime | date]:
+    """Return the newest time of each subject; of a large table as far as the run touched it."""
+    if small or store.info(scope.dataset).rows < WATERMARKS_BELOW:
+        return store.watermarks(scope.dataset)
+    if not touched:
+        return {}
+    span = Filter(since=min(touched).start, until=max(one.end for one in touched))
+    return watermarks(store.scan(scope.dataset, span), scope.dataset, scope.schema)
 
 
 def finish(

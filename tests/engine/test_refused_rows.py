@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from datetime import datetime
 
 import polars as pl
 from polars.testing import assert_frame_equal
 from synced_place import Place
 
+import storage.delta
 from marketsync import explain
 from marketsync.configuration import shipped_definitions
 from tasks.workspace import Options
@@ -53,6 +56,17 @@ def test_what_a_store_cannot_keep_is_set_aside_for_it_and_the_rest_delivered_eve
     assert "what hourly alone cannot keep was set aside, in" in "\n".join(told.lines)
     again = here.sync_here()
     assert again.sent == 0
+
+
+def test_the_newest_time_of_a_table_that_is_too_large_to_read_is_that_of_what_the_run_touched(place, monkeypatch):
+    here: Place = place(data=MARKET)
+    here.write(PLAN)
+    info = storage.delta.DeltaStore.info
+    monkeypatch.setattr(storage.delta.DeltaStore, "info", lambda *asked: replace(info(*asked), rows=10**10))
+    run = here.sync_here()
+    newest = here.stored_here(BARS)["ts"].max()
+    assert isinstance(newest, datetime)
+    assert [mark["newest"] for mark in run.report["datasets"][0]["watermarks"]] == [newest.isoformat()]
 
 
 def test_a_store_added_later_is_filled_with_all_that_it_can_keep(place, marketstore):
