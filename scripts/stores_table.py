@@ -72,7 +72,8 @@ def refused(able: Capabilities) -> str:
 
 def table() -> str:
     """Returns the table, the stores in folders first."""
-    lines = ["| store | URL | installed by | a batch is seen whole | writers | refuses |", "|---|---|---|---|---|---|"]
+    heads = ("store", "URL", "installed by", "a batch is seen whole", "writers", "refuses, or changes")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for scheme, (module, _, extra) in sorted(
         ENGINES.items(), key=lambda one: ("host" in str(ADDRESSES.get(one[0])), one)
     ):

@@ -452,7 +452,7 @@ class ClickHouseStore:
     def _table(self, dataset: str) -> tuple[str, Schema]:
         found = self._described(dataset)
         if found is None:
-            raise StoreError(f"there is no ClickHouse table of {dataset} in {self._engine.place}; call ensure first")
+            raise location.absent("ClickHouse table", dataset, self._engine.place)
         return found
 
     def _refuse_own_names(self, dataset: str, schema: Schema) -> None:

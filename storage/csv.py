@@ -411,7 +411,7 @@ class CsvStore:
     def _table(self, dataset: str, *, locked: bool = False) -> _State:
         state = self._open(dataset, locked=locked)
         if state is None:
-            raise StoreError(f"there is no CSV table of {dataset} in {self._folder(dataset)}; call ensure first")
+            raise location.absent("CSV table", dataset, self._folder(dataset))
         return state
 
     def _rows(self, dataset: str, name: str, schema: Schema, since: Any = None) -> pl.DataFrame:

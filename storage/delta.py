@@ -285,7 +285,7 @@ class DeltaStore:
     def _table(self, dataset: str, *, writing: bool = False) -> deltalake.DeltaTable:
         table = self._open(dataset, writing=writing)
         if table is None:
-            raise StoreError(f"there is no Delta table of {dataset} in {self._folder(dataset)}; call ensure first")
+            raise location.absent("Delta table", dataset, self._folder(dataset))
         return table
 
     def _now(self, dataset: str) -> Parts:

@@ -390,7 +390,7 @@ class DolphinStore:
     def _table(self, dataset: str) -> _Table:
         found = self._described(dataset)
         if found is None:
-            raise StoreError(f"there is no DolphinDB table of {dataset} in {self.url}; call ensure first")
+            raise location.absent("DolphinDB table", dataset, self.url)
         return found
 
     def _written(self, path: str, marker: str, shape: str) -> Schema:

@@ -248,7 +248,7 @@ class ExcelStore:
     def _table(self, dataset: str) -> _State:
         state = self._open(dataset)
         if state is None:
-            raise StoreError(f"there is no table of {dataset} with a workbook {self._path(dataset)}; call ensure first")
+            raise location.absent("workbook", dataset, self._path(dataset).parent)
         return state
 
     def _sheets(self, dataset: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
@@ -356,7 +356,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise StoreError(f"{path} was taken away while it was to be read; call ensure first") from None
+        raise StoreError(f"{path} was taken away while it was to be read") from None
 
 
 def _digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from marketsync.errors import ConfigurationError
+from marketsync.errors import ConfigurationError, StoreError
 
 _DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -25,6 +25,13 @@ def folder(url: str) -> Path:
             f"or {scheme}:///folder (absolute), without ? or #"
         )
     return Path(place).expanduser().resolve()
+
+
+def absent(what: str, dataset: str, place: object) -> StoreError:
+    """Return the error of a read or write of what is not there."""
+    return StoreError(
+        f"there is no {what} of {dataset} in {place}: datasets() says which there are, ensure() makes one"
+    )
 
 
 def split(dataset: str) -> tuple[str, str]:

@@ -277,7 +277,7 @@ class LogStore:
     def _log(self, dataset: str) -> Schema:
         known = self._known(dataset)
         if known is None:
-            raise StoreError(f"there is no log of {dataset} in {self.url}; call ensure first")
+            raise location.absent("log", dataset, self.url)
         return known[1]
 
     def _admitted(self, dataset: str, frame: pl.DataFrame, sent: Schema, stored: Schema) -> pl.DataFrame:

@@ -267,7 +267,7 @@ class MarketStore:
     def _table(self, dataset: str) -> _Table:
         table = self._described(dataset)
         if table is None:
-            raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
+            raise location.absent("table", dataset, self.url)
         return table
 
     def _refuse_new(self, table: _Table, schema: Schema) -> None:

@@ -518,7 +518,7 @@ class MongoStore:
     def _table(self, dataset: str) -> _Table:
         table = self._described(dataset)
         if table is None:
-            raise StoreError(f"there is no collection of {dataset} in {self.url}; call ensure first")
+            raise location.absent("collection", dataset, self.url)
         return table
 
     def _names(self) -> dict[Any, str]:

@@ -619,7 +619,7 @@ class MySQLStore:
     def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:
         found = self._described(cursor, dataset)
         if found is None:
-            raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
+            raise location.absent("table", dataset, self.url)
         return found
 
     def _create(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:

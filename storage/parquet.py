@@ -323,7 +323,7 @@ class ParquetStore:
     def _table(self, dataset: str, *, locked: bool = False) -> _State:
         state = self._open(dataset, locked=locked)
         if state is None:
-            raise StoreError(f"there is no Parquet table of {dataset} in {self._folder(dataset)}; call ensure first")
+            raise location.absent("Parquet table", dataset, self._folder(dataset))
         return state
 
     def _versions(self, datasets: Sequence[str]) -> list[tuple[str, int] | None]:

@@ -430,7 +430,7 @@ class PostgresStore:
     def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:
         found = self._described(cursor, dataset)
         if found is None:
-            raise StoreError(f"there is no table of {dataset} in {self.url}; call ensure first")
+            raise location.absent("table", dataset, self.url)
         return found
 
     def _refuse_names(self, dataset: str, schema: Schema) -> None:

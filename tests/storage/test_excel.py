@@ -397,7 +397,7 @@ def test_a_workbook_that_was_taken_away_is_a_table_that_is_to_be_filled_anew(sto
     book(tmp_path).rename(tmp_path / "mine.xlsx")
     assert store.marker(NAME) is None
     assert store.datasets() == []
-    with pytest.raises(StoreError, match="call ensure first"):
+    with pytest.raises(StoreError, match="there is no workbook of"):
         store.scan(NAME)
     assert store.ensure(NAME, BARS) != marker
     assert store.committed(NAME, "lane") == 0
