@@ -132,6 +132,10 @@ class Workspace:
         """Return the URL of a store of the configuration, secrets and all."""
         if name not in self.loaded.configuration.stores:
             known = ", ".join(self.loaded.configuration.stores)
+            if "://" in name:  # and perhaps a password in it
+                raise ConfigurationError(
+                    f"a store is named here as in {self.path} ({known}); its URL is taken by copy and follow alone"
+                )
             raise ConfigurationError(f"there is no store '{name}' in {self.path}; stores: {known}")
         return self.secrets.fill_url(self.loaded.store_url(name))
 

@@ -224,6 +224,7 @@ def test_a_file_is_there_whole_or_as_it_was(place: Path, monkeypatch: pytest.Mon
         (["made.bars", "nowhere/bars.csv"], "there is no folder nowhere"),
         (["made.nope", "a.csv"], "store default has no table of made.nope; it has: made.bars"),
         (["made.bars", "a.csv", "--store", "third"], "there is no store 'third'"),
+        (["made.bars", "a.csv", "--store", "delta://./data"], "its URL is taken by copy and follow alone"),
         (["made.bars", "a.csv", "--columns", "ts,clsoe"], "has no column clsoe; it has symbol, ts"),
         (["made.bars", "a.csv", "--since", "yesterday"], "--since: 'yesterday' is no date"),
         (["made.bars", "a.csv", "--since", "2024-03-02", "--until", "2024-03-01"], "is after --until"),
