@@ -35,6 +35,8 @@ class Theirs:
     required: bool = False
     filled: bool = False  # a default, an identity
     generated: bool = False  # nobody else may give it a value
+    moving: bool = False  # a change of the row sets it
+    fresh: bool = False  # a new row has null in it, or a number that no other has
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Dialect:
 
 @dataclass
 class Look:
-    """One table that is looked at: `refuse` finds every reason against it."""
+    """One table that is looked at: `refuse` finds every reason against it. `overwrites`: the engine's upserts
+    take a row for another by any unique index, whatever the key is."""
 
     schema: Schema
     wish: Wish
@@ -87,6 +90,7 @@ class Look:
     indexes: Sequence[Index]
     dialect: Dialect
     rows: str = ""  # what to select from, where that is more than the table's name
+    overwrites: bool = False
     names: Names = field(default_factory=lambda: Names({}, (), ()))
     fits: dict[str, Fit] = field(default_factory=dict)
     against: Sequence[str] = ()  # reasons that the engine has found in the table as a whole
@@ -117,7 +121,9 @@ class Look:
         ours_of = {theirs: ours for ours, theirs in self.names.theirs.items()}
         for index in self.indexes:
             known = [ours_of[name] for name in index.columns if name in ours_of]
-            if known and len(known) == len(index.columns) and not set(self.schema.key) <= set(known):
+            more = [self.columns[name] for name in index.columns if name in self.columns and name not in ours_of]
+            strict = not any(each.fresh for each in more) if self.overwrites else len(known) == len(index.columns) > 0
+            if strict and not set(self.schema.key) <= set(known):
                 reasons.append(
                     f"the unique index {index.name!r} over {', '.join(index.columns)} would refuse rows that the key "
                     f"({', '.join(self.schema.key)}) tells apart: {self.dialect.unindexed.format(quoted(index.name))}"

@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -103,9 +104,12 @@ _SAME_NAME = 1060
 _NOT_THE_QUERY = {*_AGAIN, *_LOST, 1021, 1037, 1038, 1040, 1041, 1043, 1044, 1045, 1053, 1129, 1130, 1158, 1159, 1160}
 _NOT_THE_QUERY |= {1161, 1203, 1226, 1317, 1969, 2002, 2003, 2005, 2026, 3024}
 _COLLATIONS = ("utf8mb4_nopad_bin", "utf8mb4_0900_bin")  # of MariaDB and of MySQL: bytes decide, the last space too
+_MOST = 2**64 - 1
+# what a server may have set otherwise for everybody: answers that end early, statements that are refused
 _SESSION = (
-    "SET time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
-    f"lock_wait_timeout = {_LOCK_SECONDS}, net_write_timeout = {_PATIENCE_SECONDS}"
+    "SET time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,NO_AUTO_VALUE_ON_ZERO', "
+    f"lock_wait_timeout = {_LOCK_SECONDS}, net_write_timeout = {_PATIENCE_SECONDS}, "
+    f"sql_select_limit = {_MOST}, sql_safe_updates = 0, max_join_size = {_MOST}, sql_big_selects = 1"
 )
 
 _TYPES = {
@@ -129,6 +133,8 @@ _NUMBERS = {"connect_timeout", "read_timeout", "write_timeout"}
 _SWITCHES = {"ssl_disabled", "ssl_verify_cert", "ssl_verify_identity"}
 _WORDS = {"true": True, "1": True, "false": False, "0": False}
 
+_DENIED = re.compile(r"([A-Z][A-Z, ]*) command denied to user ('.*?'@'.*?') for table (?:`(.*?)`\.)?")
+
 Connection = Any  # pymysql.connections.Connection; its cursors say nothing of what they return
 Cursor = Any
 Result = TypeVar("Result")
@@ -148,6 +154,7 @@ class MySQLStore:
         self._closed = False
         self._collation = ""
         self._loads = False
+        self._fold: Callable[[str], str] = str
 
     # the table: creation, identity, shape
 
@@ -296,12 +303,12 @@ class MySQLStore:
 
     def datasets(self) -> list[str]:
         def act(cursor: Cursor) -> list[str]:
-            cursor.execute(
-                "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() "
-                "AND TABLE_COMMENT LIKE '{\"marketsync\":%'",
-                None,
-            )
-            return sorted(name for (name,) in cursor.fetchall())
+            if not (marked := _marked(cursor)):
+                return []
+            cursor.execute(f"SELECT marker, shape, dataset FROM {_SCHEMAS}", None)
+            datasets = {_mark(marker, shape): dataset for marker, shape, dataset in cursor.fetchall()}
+            found = [(name, datasets.get(comment, "")) for name, comment in marked]
+            return sorted(dataset for name, dataset in found if self._fold(name) == self._fold(dataset))
 
         return self._done("listing the tables", act)
 
@@ -314,7 +321,8 @@ class MySQLStore:
                 "WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s",
                 [dataset],
             )
-            return next((int(size or 0) for name, size in cursor.fetchall() if name == dataset), 0)
+            sizes = {self._fold(name): int(size or 0) for name, size in cursor.fetchall()}
+            return sizes.get(self._fold(dataset), 0)
 
         return TableInfo(
             dataset,
@@ -334,7 +342,7 @@ class MySQLStore:
         import pymysql
         from pymysql.cursors import SSCursor
 
-        said = statements.question(sql)
+        said = statements.question(sql, statements.MYSQL_SILENT)
         if "/*!" in said or "/*M!" in said:
             raise QueryRefused(
                 "a comment that the engine would run (/*! ... */) is no part of a question; leave it out"
@@ -372,9 +380,9 @@ class MySQLStore:
                     table = quoted(dataset)
                     ask = taking.dialect(cursor, None, table)
                     return already(ask, table, dataset, schema, wish, *found)
-            name = taking.found(cursor, dataset, wish)
-            longest = longest_key(dataset, schema)
-            look = taking.look(cursor, name, schema, wish, _TYPES, self._collation, longest)
+            name = taking.found(cursor, dataset, wish, self._fold)
+            longest, uniques = longest_key(dataset, schema), _uniques(cursor, name)
+            look = taking.look(cursor, name, schema, wish, _TYPES, self._collation, longest, uniques)
             look.refuse()
             counts = look.counts()
             marker = uuid.uuid4().hex
@@ -397,7 +405,7 @@ class MySQLStore:
                     if _code(error) not in _NOT_KEPT:
                         raise
                     raise AdoptionRefused(look.table, [str(error.args[-1])]) from error
-            notes = look.notes(adoption.STAYS)
+            notes = [*look.notes(adoption.STAYS), *taking.unseen(cursor, name)]
             return Adoption(look.table, None if wish.dry else marker, counts, done, notes, look.names.extra)
 
         import pymysql
@@ -418,9 +426,8 @@ class MySQLStore:
                 "WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s",
                 [dataset],
             )
-            free, used = next(
-                ((int(f or 0), int(u or 0)) for name, f, u in cursor.fetchall() if name == dataset), (0, 0)
-            )
+            sizes = {self._fold(name): (int(free or 0), int(used or 0)) for name, free, used in cursor.fetchall()}
+            free, used = sizes.get(self._fold(dataset), (0, 0))
             # to build a table anew takes as long as to fill it: only where a third of it is empty
             rebuild = free > _SPARE_BYTES and free * 3 > free + used
             cursor.execute(f"{'OPTIMIZE' if rebuild else 'ANALYZE'} TABLE {quoted(dataset)}", None)
@@ -449,6 +456,7 @@ class MySQLStore:
                 cursor: Cursor = connection.cursor()
                 cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
                 self._loads = bool(_one(cursor, "SELECT @@local_infile"))
+                self._fold = str.lower if _one(cursor, "SELECT @@lower_case_table_names") else str
                 cursor.execute(
                     "SELECT COLLATION_NAME FROM information_schema.COLLATIONS WHERE COLLATION_NAME IN (%s, %s)",
                     _COLLATIONS,
@@ -500,6 +508,9 @@ class MySQLStore:
             remedy = ""
             if isinstance(error, pymysql.OperationalError) and _code(error) in (1045, 1049, 2003, 2005):
                 remedy = "; is the server up, and does the URL name its host, database, user and password?"
+            here = self._place["database"]
+            if (denied := _DENIED.match(why)) and denied[3] in (None, here):
+                remedy = f"; let somebody who may say: GRANT {denied[1]} ON {quoted(here)}.* TO {denied[2]}"
             if _code(error) == _SAME_NAME:  # the engine takes A, a and á for one letter
                 raise SchemaError(
                     f"MySQL {self.url}, {what}: {why}; to this engine two names are one: rename a column in the "
@@ -595,7 +606,8 @@ class MySQLStore:
             [dataset],
         )
         # the comparison takes A for a, the names of tables may not
-        found = next((comment for name, comment in cursor.fetchall() if name == dataset), None)
+        comments = {self._fold(name): comment for name, comment in cursor.fetchall()}
+        found = comments.get(self._fold(dataset))
         if found is None:
             return None
         try:
@@ -607,14 +619,19 @@ class MySQLStore:
                 f"{adoption.remedy(dataset)}; or rename it (RENAME TABLE ... TO ...), and {dataset} will be made "
                 "and filled"
             ) from error
-        cursor.execute(f"SELECT text FROM {_SCHEMAS} WHERE marker = %s AND shape = %s", [marker, shape])
-        text = cursor.fetchone()
-        if text is None:
+        cursor.execute(f"SELECT dataset, text FROM {_SCHEMAS} WHERE marker = %s AND shape = %s", [marker, shape])
+        kept = cursor.fetchone()
+        if kept is None:
             raise StoreError(
                 f"the schema of {quoted(dataset)} in {self.url} is no longer in {_SCHEMAS}: put that "
                 f"table's rows back from a backup, or drop {quoted(dataset)}, and it will be made and filled again"
             )
-        return marker, evolution.from_text(text[0])
+        if kept[0] != dataset:
+            raise ForeignTable(
+                f"the table {quoted(dataset)} in {self.url} has the mark of {kept[0]}, of which it is a copy, or whose "
+                f"name it had: {adoption.remedy(dataset)}; or rename it, and {dataset} will be made and filled"
+            )
+        return marker, evolution.from_text(kept[1])
 
     def _table(self, cursor: Cursor, dataset: str) -> tuple[str, Schema]:
         found = self._described(cursor, dataset)
@@ -648,13 +665,12 @@ class MySQLStore:
             f"dataset VARCHAR(64) NOT NULL, text LONGTEXT NOT NULL, PRIMARY KEY (marker, shape)) {made}",
             None,
         )
-        # what is left of a table of this name that somebody dropped
-        for table in (_COMMITS, _SCHEMAS):
-            cursor.execute(
-                f"DELETE FROM {table} WHERE marker IN (SELECT marker FROM "
-                f"(SELECT marker FROM {_SCHEMAS} WHERE dataset = {literal(dataset)}) gone)",
-                None,
-            )
+        # what is left of tables of this name that somebody dropped; one that was set aside may come back
+        there = " ".join(comment for _, comment in _marked(cursor))
+        cursor.execute(f"SELECT DISTINCT marker FROM {_SCHEMAS} WHERE dataset = %s", [dataset])
+        for marker in [marker for (marker,) in cursor.fetchall() if marker not in there]:
+            for table in (_COMMITS, _SCHEMAS):
+                cursor.execute(f"DELETE FROM {table} WHERE marker = %s", [marker])
 
     def _evolve(self, cursor: Cursor, dataset: str, stored: Schema, schema: Schema, marker: str) -> None:
         changes = [f"ADD COLUMN {self._column(schema, c, False)}" for c in evolution.added(dataset, stored, schema)]
@@ -676,7 +692,7 @@ class MySQLStore:
             f"INSERT IGNORE INTO {_SCHEMAS} (marker, shape, dataset, text) VALUES (%s, %s, %s, %s)",
             [marker, shape, dataset, text],
         )
-        return literal(json.dumps({"marketsync": marker, "schema": shape}))
+        return literal(_mark(marker, shape))
 
     def _made(self) -> str:
         return f"ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4 COLLATE {self._collation}"
@@ -751,8 +767,8 @@ class MySQLStore:
         names = [*(column.name for column in known), *SYSTEM_COLUMNS]
         listed = ", ".join(map(quoted, names))
         values = [column.name for column in known if column.name not in schema.key]
+        differs = " OR ".join(f"NOT ({table}.{quoted(name)} <=> s.{quoted(name)})" for name in values)
         if values:
-            differs = " OR ".join(f"NOT ({table}.{quoted(name)} <=> s.{quoted(name)})" for name in values)
             # one after the other, each seeing what those before it have set: so the values come last
             changes = [f"{quoted(n)} = IF({differs}, s.{quoted(n)}, {table}.{quoted(n)})" for n in SYSTEM_COLUMNS]
             changes += [f"{quoted(name)} = s.{quoted(name)}" for name in values]
@@ -767,10 +783,33 @@ class MySQLStore:
             None,
         )
         updated = _updated(cursor)
+        absent = f"{table}.{quoted(schema.key[0])} IS NULL"
+        self._refuse_overwritten(cursor, dataset, schema, f"{absent} OR {differs}" if values else absent)
         cursor.execute(f"DROP TEMPORARY TABLE {_STAGE}", None)
         # a row that was updated counts twice
         inserted = affected - 2 * updated
         return Written(inserted, updated, rows - inserted - updated)
+
+    def _refuse_overwritten(self, cursor: Cursor, dataset: str, schema: Schema, absent: str) -> None:
+        """Raise `StoreError` where a row of the stage is `absent` from the table after all: the engine takes a row for
+        another by any unique index."""
+        uniques = _uniques(cursor, dataset)
+        others = [name for name, columns in uniques.items() if set(columns) != set(schema.key)]
+        key = ", ".join(map(quoted, schema.key))
+        table = quoted(dataset)
+        if len(others) == len(uniques):
+            raise StoreError(
+                f"{table} in {self.url} has no unique index over its key any more, nothing was written: "
+                f"ALTER TABLE {table} ADD PRIMARY KEY ({key})"
+            )
+        if not others:  # as nearly always; to look for each row costs a tenth of the write
+            return
+        if lost := _one(cursor, f"SELECT COUNT(*) FROM {_STAGE} s LEFT JOIN {table} USING ({key}) WHERE {absent}"):
+            raise StoreError(
+                f"{lost} rows for {table} in {self.url} would not be there as they were sent, nothing was written: "
+                f"beside that of its key the table has a unique index, {' or '.join(map(quoted, others))}, by which "
+                f"rows with other keys are the same; ALTER TABLE {table} DROP INDEX ..."
+            )
 
     # rows on their way out
 
@@ -802,7 +841,7 @@ def open_url(url: str, name: str) -> MySQLStore:
     except ValueError as error:
         raise ConfigurationError(f"the store {name}: {error}; write mysql://user@host:3306/database") from error
     database = unquote(parts.path[1:])
-    if not database or "/" in database:
+    if not database or "/" in parts.path[1:]:
         raise ConfigurationError(f"the store {name} names no database: write mysql://user@host:3306/database")
     options = _options(name, dict(parse_qsl(parts.query, keep_blank_values=True)))
     place: dict[str, Any] = {"host": parts.hostname or "127.0.0.1", "port": port, "database": database, **options}
@@ -864,8 +903,11 @@ def _tls(said: dict[str, Any]) -> dict[str, Any]:
         if "ssl_cert" in said:
             context.load_cert_chain(said["ssl_cert"], said.get("ssl_key"), said.get("ssl_key_password"))
     except OSError as error:
-        files = ", ".join(f"{name}={said[name]}" for name in ("ssl_ca", "ssl_cert", "ssl_key") if name in said)
-        raise StoreError(f"the certificates that a mysql:// URL names cannot be used ({files}): {error}") from error
+        given = [f"{name}={said[name]}" for name in ("ssl_ca", "ssl_cert", "ssl_key") if name in said]
+        missing = [each for each in given if not Path(each.partition("=")[2]).exists()]
+        raise ConfigurationError(
+            f"the certificates that a mysql:// URL names cannot be used ({', '.join(missing or given)}): {error}"
+        ) from error
     context.check_hostname = said.get("ssl_verify_identity", False)
     if not (context.check_hostname or said.get("ssl_verify_cert", "ssl_ca" in said)):
         context.verify_mode = ssl.CERT_NONE
@@ -953,6 +995,34 @@ def _instant(value: date | datetime) -> str:
 
 def _all(conditions: Sequence[str]) -> str:
     return f"WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _mark(marker: str, shape: str) -> str:
+    return json.dumps({"marketsync": marker, "schema": shape})
+
+
+def _marked(cursor: Cursor) -> list[tuple[str, str]]:
+    """Return the names and comments of the tables that have a mark of ours, be it a copied one."""
+    cursor.execute(
+        "SELECT TABLE_NAME, TABLE_COMMENT FROM information_schema.TABLES WHERE TABLE_SCHEMA = DATABASE() "
+        "AND TABLE_COMMENT LIKE '{\"marketsync\":%'",
+        None,
+    )
+    return list(cursor.fetchall())
+
+
+def _uniques(cursor: Cursor, table: str) -> dict[str, list[str]]:
+    """Return the unique indexes with their columns; one of which only the beginning counts is `symbol(3)`."""
+    cursor.execute(
+        "SELECT INDEX_NAME, CONCAT(IFNULL(COLUMN_NAME, '(expression)'), IFNULL(CONCAT('(', SUB_PART, ')'), '')) "
+        "FROM information_schema.STATISTICS WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s AND NON_UNIQUE = 0 "
+        "ORDER BY INDEX_NAME, SEQ_IN_INDEX",
+        [table],
+    )
+    found: dict[str, list[str]] = {}
+    for index, column in cursor.fetchall():
+        found.setdefault(index, []).append(column)
+    return found
 
 
 def _one(cursor: Cursor, sql: str) -> Any:

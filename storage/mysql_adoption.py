@@ -3,6 +3,7 @@ ours, all or nothing. Rows are looked at and counted by the server, and none is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,9 @@ from storage.mysql_rows import literal, quoted
 
 Cursor = Any
 _TEXTS = ("char", "varchar", "tinytext", "text", "mediumtext", "longtext", "enum")
-_INTS = ("tinyint", "smallint", "mediumint", "int", "bigint")
+_SHORT_INTS = ("tinyint", "smallint", "mediumint")  # of which a single has all
+_INTS = (*_SHORT_INTS, "int", "bigint")
+_LARGEST_SINGLE = "3.4028234663852886e38"
 _PLAIN = {
     ColumnType.I32: ("int", False),
     ColumnType.I64: ("bigint", False),
@@ -39,10 +42,13 @@ _ALTERED = "altered"  # the column is defined anew, as `MySQLStore` would define
 _FIRST = "TIMESTAMP'1970-01-01 00:00:00'"
 
 
-def found(cursor: Cursor, dataset: str, wish: Wish) -> str:
-    """Return the name of the table that is meant; raises `NoTable`, or `AdoptionRefused` for what is none."""
+def found(cursor: Cursor, dataset: str, wish: Wish, fold: Callable[[str], str]) -> str:
+    """Return the name of the table that is meant; raises `NoTable`, or `AdoptionRefused` for what is none. Names are
+    one to the server that are one by `fold`."""
     name = wish.table or dataset
-    kinds = _kinds(cursor, (name, dataset))
+    name = dataset if fold(name) == fold(dataset) else name
+    known = {fold(each): kind for each, kind in _kinds(cursor, (name, dataset)).items()}
+    kinds = {each: known[fold(each)] for each in (name, dataset) if fold(each) in known}
     if name not in kinds:
         raise NoTable(
             f"there is no table {name}, so there is none of {dataset} to adopt; name the one meant by --table"
@@ -70,32 +76,38 @@ def look(
     types: Mapping[ColumnType, str],
     collation: str,
     longest: int,
+    uniques: Mapping[str, Sequence[str]],
 ) -> Look:
-    """Read what the engine says of a table's columns and indexes; `types` are those that a table of ours has, `longest`
-    is how long a text in the key may be."""
+    """Read what the engine says of a table's columns and triggers; `types` are those that a table of ours has,
+    `longest` is how long a text in the key may be, `uniques` are its unique indexes."""
     table = quoted(name)
+    generated = "IFNULL(GENERATION_EXPRESSION, '') <> ''"
+    counting = "EXTRA LIKE '%%auto_increment%%'"
+    # MariaDB says the word NULL where there is no default
+    default = "(COLUMN_DEFAULT IS NOT NULL AND NOT (COLUMN_DEFAULT = 'NULL' AND VERSION() LIKE '%%MariaDB%%'))"
     cursor.execute(
         "SELECT COLUMN_NAME, COLUMN_TYPE, DATA_TYPE, IFNULL(DATETIME_PRECISION, CHARACTER_MAXIMUM_LENGTH), "
-        "COLLATION_NAME, IS_NULLABLE = 'NO', COLUMN_DEFAULT IS NOT NULL OR EXTRA LIKE '%%auto_increment%%', "
-        "IFNULL(GENERATION_EXPRESSION, '') <> '' FROM information_schema.COLUMNS "
+        f"COLLATION_NAME, IS_NULLABLE = 'NO', {default} OR {counting}, {generated}, EXTRA LIKE '%%on update%%', "
+        f"{counting} OR NOT (IS_NULLABLE = 'NO' OR {default} OR {generated}) FROM information_schema.COLUMNS "
         "WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s ORDER BY ORDINAL_POSITION",
         [name],
     )
     columns = {row[0]: Theirs(row[0], row[1], str(row[2]).lower(), *row[3:]) for row in cursor.fetchall()}
-    cursor.execute(
-        "SELECT INDEX_NAME, COLUMN_NAME, SUB_PART IS NULL FROM information_schema.STATISTICS "
-        "WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s AND NON_UNIQUE = 0 ORDER BY INDEX_NAME, SEQ_IN_INDEX",
-        [name],
-    )
-    uniques: dict[str, list[tuple[str, bool]]] = {}
-    for index, column, whole in cursor.fetchall():
-        uniques.setdefault(index, []).append((column, bool(whole)))
-    indexes = [
-        Index(index, index == "PRIMARY", all(whole for _, whole in parts), [column for column, _ in parts])
-        for index, parts in uniques.items()
-    ]
+    indexes = [Index(index, index == "PRIMARY", True, parts) for index, parts in uniques.items()]
     fit = partial(_fit, table, types, collation, longest, schema.key, wish.zone)
-    return Look(schema, wish, table, columns, indexes, dialect(cursor, fit, table))
+    triggers = _triggers(cursor, name)
+    return Look(schema, wish, table, columns, indexes, dialect(cursor, fit, table), against=triggers, overwrites=True)
+
+
+def unseen(cursor: Cursor, name: str) -> list[str]:
+    """Return what is worth knowing where the user may not see whether a table has triggers."""
+    cursor.execute("SHOW GRANTS", None)
+    if any(re.search("TRIGGER|ALL PRIVILEGES", str(grant)) for (grant,) in cursor.fetchall()):
+        return []
+    return [
+        f"a trigger could change what is written, and this user may not see whether there is one: SHOW TRIGGERS LIKE "
+        f"{literal(name)}, as one who may"
+    ]
 
 
 def dialect(cursor: Cursor, fit: Any, table: str) -> Dialect:
@@ -134,7 +146,9 @@ def statements(
     changes: list[str] = []
     for ours, fit in look.fits.items():
         theirs = look.columns[look.names.theirs[ours]]
-        if fit.type is not None or theirs.required != (ours in must) or theirs.name != ours:
+        # what a definition says beside its type, it would go on doing: a default, a count, a time of the change
+        more = theirs.filled or theirs.moving
+        if fit.type is not None or theirs.required != (ours in must) or theirs.name != ours or more:
             changes.append(f"CHANGE COLUMN {quoted(theirs.name)} {defined(schema[ours], ours in must)}")
     changes += [f"ADD COLUMN {defined(column, False)}" for column in look.names.absent]
     at = wish.at.replace(tzinfo=None).isoformat(" ", "microseconds")
@@ -153,6 +167,18 @@ def statements(
         dropped = ", ".join(f"ALTER COLUMN `{each.split('`')[1]}` DROP DEFAULT" for each, _ in new)
         said.append(f"ALTER TABLE {quoted(dataset)} {dropped}")
     return said
+
+
+def _triggers(cursor: Cursor, name: str) -> list[str]:
+    cursor.execute(
+        "SELECT TRIGGER_NAME FROM information_schema.TRIGGERS "
+        "WHERE EVENT_OBJECT_SCHEMA = DATABASE() AND EVENT_OBJECT_TABLE = %s",
+        [name],
+    )
+    return [
+        f"the trigger {each!r} could change the rows that are written: DROP TRIGGER {quoted(each)}"
+        for (each,) in cursor.fetchall()
+    ]
 
 
 def _kinds(cursor: Cursor, names: Sequence[str]) -> dict[str, str]:
@@ -189,7 +215,9 @@ def _fit(
         return Fit(name, None if same else _ALTERED, f"{name} NOT IN (0, 1)", "are neither 0 nor 1")
     if type_ in WHOLE:
         fit = _whole(type_, theirs, name)
-    elif type_ in (ColumnType.F32, ColumnType.F64):
+    elif type_ is ColumnType.F32:
+        fit = _single(of, name)
+    elif type_ is ColumnType.F64:
         fit = _float(theirs, name)
     elif type_ is ColumnType.DATE:
         fit = _date(of, name)
@@ -216,6 +244,13 @@ def _whole(type_: ColumnType, theirs: Theirs, name: str) -> Fit | None:
         loses = f"{name} <> TRUNCATE({name}, 0) OR ABS({name}) > {MOST_EXACT} OR {outside}"
         return Fit(value, _ALTERED, loses, WHOLE_WORDS)
     return None
+
+
+def _single(of: str, name: str) -> Fit | None:
+    if of == "double":
+        loses = f"CASE WHEN ABS({name}) > {_LARGEST_SINGLE} THEN TRUE ELSE CAST({name} AS FLOAT) <> {name} END"
+        return Fit(name, _ALTERED, loses, NUMBER_WORDS)
+    return Fit(name, _ALTERED) if of in ("float", *_SHORT_INTS) else None
 
 
 def _float(theirs: Theirs, name: str) -> Fit | None:

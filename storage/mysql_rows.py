@@ -163,7 +163,7 @@ def _fresh(name: str, taken: dict[str, Any]) -> str:
 
 # texts and comments, which are left alone, and names, of which two may have a dot between
 _SAID = re.compile(
-    r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|--\s[^\n]*|#[^\n]*|/\*.*?\*/|"
+    r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|--(?=\s)[^\n]*|#[^\n]*|/\*.*?\*/|"
     r"(?P<first>`[^`]+`|[\w$]+)\s*\.\s*(?P<second>`[^`]+`|[\w$]+)|`[^`]*`|[\w$]+",
     re.DOTALL,
 )

@@ -8,21 +8,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
 import polars as pl
 import pytest
-from private_mariadb import asked
+from private_mariadb import asked, mortal_mariadb
 from stored_frames import BARS, HOSTILE_TEXT, WIDE, bars, batch, differences, hostile, stamped
 
-from marketsync.errors import ConfigurationError, QueryRefused, SchemaConflict, SchemaError, StoreError
+from marketsync.errors import (
+    AdoptionRefused,
+    ConfigurationError,
+    ForeignTable,
+    QueryRefused,
+    SchemaConflict,
+    SchemaError,
+    StoreError,
+)
 from marketsync.schema import Column, ColumnType, Schema
+from storage.adoption import Wish
 from storage.mysql import MySQLStore, longest_key, open_url
 from storage.mysql_rows import named
 from storage.protocol import Filter, Mode, Written
 
 DATASET = "made.bars"
+WISH = Wish("adopted", datetime(2026, 11, 22, tzinfo=UTC), zone="UTC")
+COLUMNS = "symbol VARCHAR(20) NOT NULL, ts DATETIME(6) NOT NULL, close DOUBLE"
 
 
 @pytest.fixture
@@ -91,6 +103,11 @@ def test_a_user_who_has_rights_in_one_database_only_can_do_everything(mysql):
         assert store.query(f"SELECT COUNT(*) AS n FROM {DATASET}").item() == 120
         with pytest.raises(QueryRefused, match=r"mysql\.user|denied"):
             store.query("SELECT * FROM mysql.user")
+        asked(mysql, f"CREATE TABLE prices ({COLUMNS}, volume BIGINT, PRIMARY KEY (symbol, ts))")
+        dry = store.adopt("made.more", BARS, replace(WISH, table="prices", dry=True))
+        assert "this user may not see whether there is one: SHOW TRIGGERS LIKE 'prices'" in dry.notes[-1]
+        with pytest.raises(StoreError, match=f"GRANT DROP ON `{database}`.* TO '{user}'@'127.0.0.1'"):
+            store.adopt("made.more", BARS, replace(WISH, table="prices"))
     finally:
         store.close()
         asked(mysql, f"DROP USER '{user}'@'127.0.0.1'")
@@ -175,7 +192,120 @@ def test_reserved_words_quotes_and_percent_signs_are_names_like_others(store):
     assert store.scan("made.odd").collect().equals(changed)
 
 
+def test_a_copy_of_a_table_is_none_of_ours_and_one_that_was_set_aside_comes_back(store, mysql):
+    marker = store.ensure(DATASET, BARS)
+    store.write(batch(DATASET, bars(), 5))
+    asked(mysql, "CREATE TABLE `made.copy` LIKE `made.bars`")
+    assert store.datasets() == [DATASET]
+    for act in (lambda: store.ensure("made.copy", BARS), lambda: store.write(batch("made.copy", bars()))):
+        with pytest.raises(ForeignTable, match=r"has the mark of made\.bars, of which it is a copy.*marketsync adopt"):
+            act()
+    assert store.adopt("made.copy", BARS, WISH).marker != marker
+    assert store.write(batch("made.copy", bars())) == Written(inserted=96)
+
+    asked(mysql, "RENAME TABLE `made.bars` TO `made.aside`")
+    assert store.marker(DATASET) is None
+    assert store.ensure(DATASET, BARS) != marker
+    asked(mysql, "DROP TABLE `made.bars`")
+    asked(mysql, "RENAME TABLE `made.aside` TO `made.bars`")
+    assert store.ensure(DATASET, BARS) == marker
+    assert (store.committed(DATASET, "lane"), store.count(DATASET)) == (5, 96)
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_capitals_for_small_letters_in_names_keeps_the_names_of_datasets():
+    with mortal_mariadb("--lower-case-table-names=1") as server:
+        asked(server.url, "CREATE DATABASE made")
+        url = f"{server.url}/made"
+        store = open_url(url, "my")
+        assert store.ensure("Made.Bars", BARS) == store.ensure("Made.Bars", BARS)
+        assert store.write(batch("Made.Bars", bars())) == Written(inserted=96)
+        with pytest.raises(ForeignTable, match=r"has the mark of Made\.Bars"):
+            store.ensure("made.bars", BARS)
+        for table in ("Prices", "Made.Own"):
+            asked(url, f"CREATE TABLE `{table}` ({COLUMNS}, volume BIGINT, PRIMARY KEY (symbol, ts))")
+            store.adopt("Made.Own" if table == "Made.Own" else "Made.More", BARS, replace(WISH, table=table))
+        assert store.datasets() == ["Made.Bars", "Made.More", "Made.Own"]
+        assert store.write(batch("Made.Own", bars())) == Written(inserted=96)
+        assert (store.maintain("Made.Bars"), store.info("Made.Bars").bytes) == ("Made.Bars: analysed", 16384)
+        store.close()
+
+
+# adoption
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "version INT NOT NULL DEFAULT 1, PRIMARY KEY (symbol, ts), UNIQUE one (symbol, version)",
+            "'one' over symbol, ver",
+        ),
+        ("PRIMARY KEY (symbol, ts), UNIQUE begins (symbol(3), ts)", r"'begins' over symbol\(3\), ts would refuse"),
+        (
+            "day DATE AS (CAST(ts AS DATE)) STORED, PRIMARY KEY (symbol, ts), UNIQUE d (symbol, day)",
+            "'d' over symbol, day",
+        ),
+        ("PRIMARY KEY (symbol(3), ts)", r"'PRIMARY' over symbol\(3\), ts .*DROP INDEX `PRIMARY`"),
+        ("PRIMARY KEY (symbol, ts)", "the trigger 'floor' could change the rows .*DROP TRIGGER `floor`"),
+    ],
+)
+def test_a_table_that_would_take_one_row_for_another_or_change_it_is_not_adopted(store, mysql, more, words):
+    asked(mysql, f"CREATE TABLE `made.bars` ({COLUMNS}, volume BIGINT, {more})")
+    if "trigger" in words:
+        asked(
+            mysql, "CREATE TRIGGER `floor` BEFORE INSERT ON `made.bars` FOR EACH ROW SET NEW.close = FLOOR(NEW.close)"
+        )
+    for dry in (True, False):
+        with pytest.raises(AdoptionRefused, match=words):
+            store.adopt(DATASET, BARS, replace(WISH, dry=dry))
+
+
+def test_what_a_column_did_by_itself_it_does_no_longer_once_it_is_adopted(store, mysql):
+    moving = "DEFAULT CURRENT_TIMESTAMP(6) ON UPDATE CURRENT_TIMESTAMP(6)"
+    own = "id INT AUTO_INCREMENT UNIQUE, isin VARCHAR(12) UNIQUE, UNIQUE (ts, close, symbol)"
+    columns = COLUMNS.replace("ts DATETIME(6) NOT NULL", f"ts DATETIME(6) NOT NULL {moving}")
+    asked(mysql, f"CREATE TABLE `made.bars` ({columns}, volume BIGINT DEFAULT 7, {own}, PRIMARY KEY (symbol, ts))")
+    store.adopt(DATASET, BARS, WISH)
+    store.write(batch(DATASET, bars(rows=2)))
+    assert store.write(batch(DATASET, bars(rows=2, add=1.0), 2)) == Written(updated=4)
+    assert not differences(store.scan(DATASET).collect(), bars(rows=2, add=1.0).select(BARS.names), BARS.key)
+    older = Schema(BARS.columns[:3], BARS.key, "ts", "symbol", BARS.period)
+    store.write(batch(DATASET, bars(("OLD",), rows=1).drop("volume"), 3, schema=older))
+    assert store.scan(DATASET, Filter(["OLD"])).collect()["volume"].to_list() == [None]
+
+    numbered = Schema((Column("n", ColumnType.I64, nullable=False), Column("v", ColumnType.F32)), ("n",))
+    asked(mysql, "CREATE TABLE `made.numbered` (n BIGINT AUTO_INCREMENT PRIMARY KEY, v DOUBLE)")
+    asked(mysql, "INSERT INTO `made.numbered` VALUES (1, 0.25), (2, -3.4028234663852886e38), (3, NULL)")
+    store.adopt("made.numbered", numbered, WISH)
+    frame = stamped(pl.DataFrame({"n": [0, 9], "v": [0.1, 0.5]}, schema=numbered.polars()))
+    for seq, written in enumerate((Written(inserted=2), Written(unchanged=2)), 1):
+        assert store.write(batch("made.numbered", frame, seq, schema=numbered)) == written
+    assert store.scan("made.numbered").collect()["n"].sort().to_list() == [0, 1, 2, 3, 9]
+    for value in ("0.1", "1e300"):
+        asked(mysql, "CREATE OR REPLACE TABLE `made.wide` (n BIGINT PRIMARY KEY, v DOUBLE)")
+        asked(mysql, f"INSERT INTO `made.wide` VALUES (1, {value})")
+        with pytest.raises(
+            AdoptionRefused, match=f"cannot become f32: .*not be the same number, in 1 row, such as {value}"
+        ):
+            store.adopt("made.wide", numbered, WISH)
+
+
 # keys
+
+
+def test_rows_that_a_later_index_takes_for_others_are_refused(store, mysql):
+    store.ensure(DATASET, BARS)
+    frame = bars(("NA",), rows=2)
+    asked(mysql, "ALTER TABLE `made.bars` ADD UNIQUE later (close)")
+    with pytest.raises(StoreError, match=r"as they were sent, nothing was written: .*index, `later`, by which"):
+        store.write(batch(DATASET, frame.with_columns(close=pl.lit(1.0))))
+    assert (store.count(DATASET), store.committed(DATASET, "lane")) == (0, 0)
+    assert store.write(batch(DATASET, frame)) == Written(inserted=2)
+    asked(mysql, "ALTER TABLE `made.bars` DROP PRIMARY KEY")
+    with pytest.raises(StoreError, match=r"no unique index over its key any more.*ADD PRIMARY KEY \(`symbol`, `ts`\)"):
+        store.write(batch(DATASET, frame, 2))
+    assert store.count(DATASET) == 2
 
 
 def test_a_key_that_is_longer_than_an_index_takes_is_refused_and_not_cut(store):
@@ -317,11 +447,19 @@ def test_a_question_may_change_nothing(store, mysql):
         f"SELECT 1--1 FROM {DATASET}; DELETE FROM `made.bars`",
         "SELECT 1 /*! INTO OUTFILE '/tmp/marketsync-test' */",
         "SELECT 1; DROP TABLE `made.bars`",
+        "SELECT 1 INTO DUMPFILE '/tmp/marketsync-test'",
+        "SELECT 1 # a\nINTO # b\n OUTFILE '/tmp/marketsync-test'",
+        "SELECT 1 # '\nINTO OUTFILE '/tmp/marketsync-test' # '",
+        "SELECT 1--1 INTO OUTFILE '/tmp/marketsync-test'",
+        "SELECT 1 --\nINTO OUTFILE '/tmp/marketsync-test'",
         "EXPLAIN SELECT 1 INTO OUTFILE '/tmp/marketsync-test'",
     ):
         with pytest.raises(QueryRefused):
             store.query(sql)
     assert store.count(DATASET) == 96
+    assert (
+        store.query(f"SELECT 1--1 AS two, '# INTO OUTFILE' AS text FROM {DATASET} LIMIT 1 # it's; one").row(0)[0] == 2
+    )
 
 
 def test_a_question_about_a_table_that_is_not_there_is_told_which_are(store):
@@ -352,6 +490,21 @@ def test_answers_have_the_types_of_the_engine(store):
 
 
 # connections
+
+
+def test_what_a_server_has_set_for_everybody_neither_cuts_answers_nor_stops_work(store, mysql):
+    settings = {"sql_select_limit": 7, "sql_safe_updates": 1, "max_join_size": 50}
+    try:
+        for name, value in settings.items():
+            asked(mysql, f"SET GLOBAL {name} = {value}")
+        store.ensure(DATASET, BARS)
+        assert store.write(batch(DATASET, bars())) == Written(inserted=96)
+        assert store.write(batch(DATASET, bars(add=1.0), 2)) == Written(updated=96)
+        assert store.scan(DATASET).collect().height == store.query(f"SELECT * FROM {DATASET}").height == 96
+        assert store.delete(DATASET, Filter()) == 96
+    finally:
+        for name in settings:
+            asked(mysql, f"SET GLOBAL {name} = DEFAULT")
 
 
 def test_a_connection_that_the_server_ended_meanwhile_is_replaced_unseen(store, mysql):
@@ -511,6 +664,10 @@ def test_a_url_that_cannot_be_meant_is_refused_when_it_is_opened(url, words):
         open_url(url, "my")
 
 
+def test_a_database_may_have_a_slash_in_its_name():
+    assert open_url("mysql://host/a%2Fb", "my")._place["database"] == "a/b"
+
+
 def test_a_server_is_verified_as_the_url_says(mysql, tmp_path):
     ((authority,),) = asked(mysql, "SELECT @@ssl_ca")
     if not authority.startswith("/"):
@@ -532,10 +689,11 @@ def test_a_server_is_verified_as_the_url_says(mysql, tmp_path):
         (f"{elsewhere}?ssl_ca={authority}&ssl_verify_identity=true", "Hostname mismatch"),
         (f"{mysql}?ssl_verify_identity=true", "self-signed|unable to get"),
         (f"{mysql}?ssl_verify_cert=true", "self-signed|unable to get"),
-        (f"{mysql}?ssl_ca={tmp_path / 'none.pem'}", r"cannot be used \(ssl_ca=.*none\.pem\)"),
     ):
         with pytest.raises(StoreError, match=words):
             said(refused)
+    with pytest.raises(ConfigurationError, match=r"cannot be used \(ssl_cert=.*none\.pem\)"):
+        said(f"{mysql}?ssl_ca={authority}&ssl_cert={tmp_path / 'none.pem'}")
 
 
 def test_a_table_lives_in_the_database_that_the_url_names(store, mysql):
