@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from marketsync.document import closest
-from marketsync.errors import AdoptionRefused, ConfigurationError, ForeignTable, QueryRefused, SchemaError, StoreError
+from marketsync.errors import (
+    AdoptionRefused,
+    ConfigurationError,
+    ForeignTable,
+    QueryRefused,
+    SchemaConflict,
+    SchemaError,
+    StoreError,
+)
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema
 from storage import (
     admission,
@@ -114,7 +122,7 @@ class PostgresStore:
                 marker = uuid.uuid4().hex
                 self._create(cursor, dataset, schema, marker)
                 return marker
-            marker, stored = found
+            marker, stored = self._rooted(cursor, dataset, *found)
             if stored != schema:
                 self._evolve(cursor, dataset, stored, schema, marker)
             return marker
@@ -281,7 +289,10 @@ class PostgresStore:
 
         said = statements.question(sql)
         try:
-            found = list(self._frames(said, "a query", read_only=True))
+            if re.match(r"(--[^\n]*\n|/\*.*?\*/|\s)*(SHOW|EXPLAIN)\b", said, re.IGNORECASE | re.DOTALL):
+                return self._shown(said)
+            # the driver puts it into brackets, which a comment at its end would take in
+            found = list(self._frames(f"{said}\n", "a query", read_only=True))
         except StoreError as error:
             state = getattr(error.__cause__, "sqlstate", None) or ""
             if _NOT_THE_STORE.match(state) or isinstance(error.__cause__, pa.ArrowInvalid):
@@ -302,6 +313,8 @@ class PostgresStore:
             cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
             with suppress(ForeignTable):
                 if (found := self._described(cursor, dataset)) is not None:
+                    if not wish.dry:
+                        found = self._rooted(cursor, dataset, *found)
                     table = _table_name(dataset)
                     ask = taking.dialect(cursor, None, table)
                     return already(ask, table, dataset, schema, wish, *found)
@@ -398,6 +411,8 @@ class PostgresStore:
                     connection.commit()
                 cursor.execute(sql)
                 reader = cursor.fetch_record_batch()
+                if read_only:
+                    _refuse_odd(reader.schema)
                 given = False
                 for part in reader:
                     given = True
@@ -408,11 +423,29 @@ class PostgresStore:
             why = " ".join(str(error).split())
             raise StoreError(f"PostgreSQL {self.url}, {what}: {why}") from error
 
+    def _shown(self, sql: str) -> pl.DataFrame:
+        """Return what SHOW and EXPLAIN say, as texts: they are no queries to COPY, by which ADBC reads."""
+        import polars as pl
+        import psycopg
+
+        with self._told("a query"), psycopg.connect(self._address) as connection:
+            connection.read_only = True
+            cursor: Cursor = connection.execute(sql)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            answer = cursor.pgresult
+            columns = {
+                answer.fname(at).decode(): [
+                    None if (said := answer.get_value(row, at)) is None else said.decode()
+                    for row in range(answer.ntuples)
+                ]
+                for at in range(answer.nfields)
+            }
+            return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String()))
+
     def _described(self, cursor: Cursor, dataset: str) -> tuple[str, Schema] | None:
         """Return the table's marker and schema; None when there is no table."""
         found = cursor.execute(
-            "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE n.nspname = %s AND c.relname = %s",
+            "SELECT obj_description(c.oid, 'pg_class'), c.relispartition FROM pg_class c "
+            "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
             location.split(dataset),
         ).fetchone()
         if found is None:
@@ -421,6 +454,11 @@ class PostgresStore:
             comment = json.loads(found[0])
             return comment["marketsync"], evolution.from_text(json.dumps(comment["schema"], ensure_ascii=False))
         except (ValueError, KeyError, TypeError) as error:
+            if found[1]:
+                raise ForeignTable(
+                    f"the table {_table_name(dataset)} in {self.url} is a partition of another one; give {dataset} "
+                    "another name in its definition, or a database of its own"
+                ) from error
             raise ForeignTable(
                 f"the table {_table_name(dataset)} in {self.url} was not made by MarketSync; "
                 f"{adoption.remedy(dataset)}; or rename it (ALTER TABLE ... RENAME TO ...), and {dataset} will be made "
@@ -440,11 +478,7 @@ class PostgresStore:
                 "rename it in the definition (as: ...)"
             )
         for name in (*location.split(dataset), *schema.names):
-            if len(name.encode()) > _LONGEST_NAME:
-                raise SchemaError(
-                    f"{dataset} cannot become a table in PostgreSQL: the name {name!r} is longer than "
-                    f"{_LONGEST_NAME} bytes, to which the engine would cut it; rename it in the definition (as: ...)"
-                )
+            _refuse_long(dataset, name)
 
     def _create(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
         must = evolution.required(schema)
@@ -454,6 +488,8 @@ class PostgresStore:
         cut = ""
         if self._partition != "none" and schema.time is not None and schema.time in schema.key:
             cut = f"PARTITION BY RANGE ({_quoted(schema.time)})"
+            part = location.split(dataset)[1] + ("_p0000" if self._partition == "year" else "_p0000_00")
+            _refuse_long(dataset, part, "a partition's name")
         self._make_room(cursor, dataset)
         cursor.execute(f"CREATE TABLE {_table_name(dataset)} ({', '.join(columns)}, PRIMARY KEY ({key})) {cut}")
         self._describe(cursor, dataset, schema, marker)
@@ -467,6 +503,16 @@ class PostgresStore:
             f"CREATE TABLE IF NOT EXISTS {_quoted(provider)}.{_COMMITS} "
             '(marker text NOT NULL, lane text COLLATE "C" NOT NULL, seq bigint NOT NULL, PRIMARY KEY (marker, lane))'
         )
+
+    def _rooted(self, cursor: Cursor, dataset: str, marker: str, stored: Schema) -> tuple[str, Schema]:
+        """Return the table's marker and schema; a table that came without the lanes of what was delivered to it (moved
+        or restored by itself) gets a new marker, by which nothing is believed of it."""
+        provider, _ = location.split(dataset)
+        if not _one(cursor, "SELECT count(to_regclass(%s))", [f"{_quoted(provider)}.{_COMMITS}"]):
+            marker = uuid.uuid4().hex
+            self._make_room(cursor, dataset)
+            self._describe(cursor, dataset, stored, marker)
+        return marker, stored
 
     def _describe(self, cursor: Cursor, dataset: str, schema: Schema, marker: str) -> None:
         comment = f'{{"marketsync": {json.dumps(marker)}, "schema": {evolution.to_text(schema)}}}'
@@ -494,24 +540,36 @@ class PostgresStore:
         import polars as pl
 
         provider, name = location.split(dataset)
+        made = _partitions(cursor, dataset)
         # a table that was cut by month stays so, whatever the URL says now
-        made = {
-            row[0]
-            for row in cursor.execute(
-                "SELECT relid::text FROM pg_partition_tree(%s::regclass) WHERE isleaf", [_table_name(dataset)]
-            )
+        yearly = any(re.search(r"_p\d{4}$", each) for each in made) or not (made or self._partition == "month")
+        starts = frame.select(pl.col(schema.time).cast(pl.Date).dt.truncate("1y" if yearly else "1mo").unique().sort())
+        # years are written out: strftime leaves zeros away
+        parts = {
+            f"{name}_p{start.year:04}" + ("" if yearly else f"_{start.month:02}"): start
+            for start in starts.to_series().to_list()
         }
-        every = "1y" if any(re.search(r"_p\d{4}\"?$", each) for each in made) else None
-        every = every or ("1mo" if made or self._partition == "month" else "1y")
-        starts = frame.select(pl.col(schema.time).cast(pl.Date).dt.truncate(every).unique().sort()).to_series()
-        for start in starts:
-            label = f"{start:%Y}" if every == "1y" else f"{start:%Y_%m}"
-            after = _later(start, years=every == "1y")
-            part = f"{_quoted(provider)}.{_quoted(f'{name}_p{label}')}"
-            zone = "" if schema[schema.time].type is ColumnType.DATE else " 00:00+00"
+        if parts.keys() <= made:
+            return
+        # two writers of a new month would each find it missing
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
+        made = _partitions(cursor, dataset)
+        zone = "" if schema[schema.time].type is ColumnType.DATE else " 00:00+00"
+        for part, start in parts.items():
+            if part in made:
+                continue
+            _refuse_long(dataset, part, "a partition's name")
+            named = f"{_quoted(provider)}.{_quoted(part)}"
+            if _one(cursor, "SELECT count(to_regclass(%s))", [named]):
+                raise SchemaConflict(
+                    f"{dataset} needs a partition {named}, and another table has this name: rename that table (in "
+                    "its definition, where it is a dataset's), or keep one of both in another database"
+                )
+            after = _later(start, years=yearly)
+            until = "MAXVALUE" if after is None else f"'{after}{zone}'"
             cursor.execute(
-                f"CREATE TABLE IF NOT EXISTS {part} PARTITION OF {_table_name(dataset)} "
-                f"FOR VALUES FROM ('{start}{zone}') TO ('{after}{zone}')"
+                f"CREATE TABLE {named} PARTITION OF {_table_name(dataset)} "
+                f"FOR VALUES FROM ('{start}{zone}') TO ({until})"
             )
 
     def _stage(self, cursor: Cursor, dataset: str, frame: pl.DataFrame) -> None:
@@ -654,6 +712,24 @@ def _remedy(error: psycopg.Error, why: str) -> str:
     return "; is the server up, and does the URL name its host, database, user and password?"
 
 
+def _refuse_long(dataset: str, name: str, what: str = "the name") -> None:
+    """Raise `SchemaError` for a name that the engine would cut."""
+    if len(name.encode()) > _LONGEST_NAME:
+        raise SchemaError(
+            f"{dataset} cannot become a table in PostgreSQL: {what} {name!r} is longer than {_LONGEST_NAME} bytes, "
+            "to which the engine would cut it; rename it in the definition (as: ...)"
+        )
+
+
+def _partitions(cursor: Cursor, dataset: str) -> set[str]:
+    """Return the names of the table's partitions."""
+    found = cursor.execute(
+        "SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid WHERE inhparent = %s::regclass",
+        [_table_name(dataset)],
+    )
+    return {name for (name,) in found}
+
+
 def _partitioned(cursor: Cursor, dataset: str) -> bool:
     kind = cursor.execute("SELECT relkind FROM pg_class WHERE oid = %s::regclass", [_table_name(dataset)]).fetchone()
     return kind is not None and kind[0] == "p"
@@ -687,6 +763,20 @@ def _plain(table: pa.Table) -> pl.DataFrame:
             plain = pa.chunked_array([chunk.storage for chunk in column.chunks], type=field.type.storage_type)
             table = table.set_column(index, field.name, plain)
     return pl.DataFrame(pl.from_arrow(table))
+
+
+def _refuse_odd(answer: pa.Schema) -> None:
+    """Raise `QueryRefused` for columns that a frame cannot have."""
+    for field in answer:
+        times = answer.names.count(field.name)
+        if times > 1:
+            raise QueryRefused(
+                f"the answer has {times} columns of the name {field.name!r}: give each its own (SELECT ... AS other)"
+            )
+        if "interval" in str(field.type):
+            raise QueryRefused(
+                f"column {field.name!r} holds intervals, which a frame does not have: ask for it as text (... ::text)"
+            )
 
 
 def _typed(frame: pl.DataFrame, types: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -738,7 +828,10 @@ def _one(cursor: Cursor, sql: str, values: Sequence[Any] = ()) -> int:
     return 0 if found is None or found[0] is None else int(found[0])
 
 
-def _later(start: date, *, years: bool) -> date:
+def _later(start: date, *, years: bool) -> date | None:
+    """Return the first day after the year or month; None where there is none."""
+    if start.year == date.max.year and (years or start.month == 12):
+        return None
     if years:
         return date(start.year + 1, 1, 1)
     return (start.replace(day=28) + timedelta(days=4)).replace(day=1)

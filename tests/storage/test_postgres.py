@@ -72,6 +72,52 @@ def test_a_table_is_cut_by_the_time_in_its_key_where_the_url_says_so(postgres, c
     again.close()
 
 
+def test_the_first_and_the_last_year_have_partitions_like_others(postgres):
+    for cut in ("year", "month"):
+        store = open_url(f"{postgres}?partition={cut}", "pg")
+        dataset = f"made.{cut}"
+        store.ensure(dataset, BARS)
+        days = [datetime(year, 12, 31, tzinfo=UTC) for year in (1, 2024, 9999)]
+        for seq, day in enumerate([*days, days[0].replace(day=30)], 1):
+            store.write(batch(dataset, bars(rows=1).with_columns(ts=pl.lit(day, pl.Datetime("us", "UTC"))), seq))
+        month = "_12" if cut == "month" else ""
+        assert asked(postgres, f"SELECT relid::text FROM pg_partition_tree('{dataset}') WHERE isleaf ORDER BY 1") == [
+            (f"{dataset}_p{year}{month}",) for year in ("0001", "2024", "9999")
+        ]
+        assert store.count(dataset) == 8
+        store.close()
+
+
+def test_a_partition_whose_name_would_be_cut_or_is_taken_is_refused_with_the_reason(postgres):
+    store = open_url(f"{postgres}?partition=month", "pg")
+    store.ensure(f"made.{'x' * 54}", BARS)
+    store.write(batch(f"made.{'x' * 54}", bars(rows=96)))
+    with pytest.raises(SchemaError, match=r"a partition's name 'x+_p0000_00' is longer than 63 bytes"):
+        store.ensure(f"made.{'x' * 55}", BARS)
+    for dataset in (DATASET, f"{DATASET}_p2001_01", "made.other"):
+        store.ensure(dataset, BARS)
+    with pytest.raises(
+        SchemaError, match=r'needs a partition "made"\."bars_p2001_01", and another table has this name'
+    ):
+        store.write(batch(DATASET, bars(rows=1)))
+    store.write(batch("made.other", bars(rows=1)))
+    with pytest.raises(StoreError, match=r"other_p2001_01.* is a partition of another one; give .* another name"):
+        store.ensure("made.other_p2001_01", BARS)
+    store.close()
+
+
+def test_a_table_that_came_without_its_lanes_is_believed_nothing_and_written_again(store, postgres):
+    for away in ("DROP TABLE made._marketsync_commits", "CREATE SCHEMA moved; ALTER TABLE made.bars SET SCHEMA moved"):
+        marker = store.ensure(DATASET, BARS)
+        store.write(batch(DATASET, bars(), 3))
+        asked(postgres, away)
+        dataset = "moved.bars" if "moved" in away else DATASET
+        assert store.ensure(dataset, BARS) != marker
+        assert store.committed(dataset, "lane") == 0
+        assert store.write(batch(dataset, bars())) == Written(unchanged=96)
+        assert store.ensure(dataset, BARS) == store.marker(dataset)
+
+
 def test_a_table_is_also_cut_by_a_date(postgres):
     store = open_url(f"{postgres}?partition=year", "pg")
     store.ensure("made.sessions", SESSIONS)
@@ -130,6 +176,24 @@ def test_a_question_about_a_table_that_is_not_there_is_told_which_are(store):
 def test_what_arrow_has_no_type_for_comes_as_text(store):
     found = store.query("SELECT 12345678901234567890.5::numeric AS n, 1::int AS i, NULL::numeric AS none")
     assert found.row(0) == ("12345678901234567890.5", 1, None)
+
+
+def test_a_question_may_end_with_a_comment_and_may_be_about_the_server(store):
+    store.ensure(DATASET, BARS)
+    assert store.query("SELECT 1 AS a -- one").item() == 1
+    assert store.query("/* the */ SHOW TimeZone -- of it").columns == ["TimeZone"]
+    assert "bars" in store.query(f"EXPLAIN SELECT * FROM {DATASET}").item(0, 0)
+    with pytest.raises(QueryRefused, match=r"read-only transaction"):
+        store.query("EXPLAIN ANALYZE SELECT lo_create(0)")
+    with pytest.raises(QueryRefused, match=r"nothing.*Tables here: made\.bars"):
+        store.query("EXPLAIN SELECT * FROM made.nothing")
+    for sql, words in (
+        ("SELECT symbol, symbol FROM made.bars", "2 columns of the name 'symbol': give each its own"),
+        ("SELECT 1 AS a, now() - now() AS since", "'since' holds intervals.* as text"),
+        ("SELECT ARRAY[interval '1 day'] AS waits", "'waits' holds intervals"),
+    ):
+        with pytest.raises(QueryRefused, match=words):
+            store.query(sql)
 
 
 def test_a_lost_connection_is_told_and_the_next_call_has_another(store, postgres):
