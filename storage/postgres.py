@@ -162,7 +162,7 @@ class PostgresStore:
                     self._copy(cursor, _table_name(dataset), frame)
                     written = Written(inserted=frame.height)
                 else:
-                    self._stage(cursor, dataset, frame)
+                    self._stage(cursor, dataset, frame, schema.key)
                     written = self._upsert(cursor, dataset, schema, frame.height, absent)
             _commit(cursor, dataset, marker, batch.lane, batch.seq)
             return written
@@ -173,7 +173,8 @@ class PostgresStore:
             put, absent = self._admitted(dataset, frame, schema, stored)
             filters.refuse_outside(dataset, put, span, stored)
             self._make_partitions(cursor, dataset, stored, put)
-            self._stage(cursor, dataset, put)
+            self._stage(cursor, dataset, put, stored.key)
+            cursor.execute(f"ANALYZE {_STAGE}")
             same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in stored.key)
             gone = [*self._where(dataset, stored, span), f"NOT EXISTS (SELECT FROM {_STAGE} s WHERE {same})"]
             deleted = cursor.execute(f"DELETE FROM {_table_name(dataset)} t {_all(gone)}").rowcount
@@ -572,13 +573,15 @@ class PostgresStore:
                 f"FOR VALUES FROM ('{start}{zone}') TO ({until})"
             )
 
-    def _stage(self, cursor: Cursor, dataset: str, frame: pl.DataFrame) -> None:
+    def _stage(self, cursor: Cursor, dataset: str, frame: pl.DataFrame, key: Sequence[str]) -> None:
+        """Put the rows into a table of the session's own, in the order of the key, in which it is read then: two writers
+        of the same rows wait for one another and never both."""
         names = ", ".join(map(_quoted, frame.columns))
         cursor.execute(f"DROP TABLE IF EXISTS {_STAGE}")
         cursor.execute(
             f"CREATE TEMPORARY TABLE {_STAGE} ON COMMIT DROP AS SELECT {names} FROM {_table_name(dataset)} WITH NO DATA"
         )
-        self._copy(cursor, _STAGE, frame)
+        self._copy(cursor, _STAGE, frame.sort(key))
 
     def _copy(self, cursor: Cursor, table: str, frame: pl.DataFrame) -> None:
         names = ", ".join(map(_quoted, frame.columns))
@@ -609,13 +612,12 @@ class PostgresStore:
             action = f"DO UPDATE SET {changes} WHERE {' OR '.join(map(_differs, values))}"
         else:
             action = "DO NOTHING"
-        # in the order of the key, so that two writers of the same rows wait for one another and never both
         put = (
             f"INSERT INTO {_table_name(dataset)} AS t ({listed}) SELECT {listed} FROM {_STAGE} "
-            f"ORDER BY {key} ON CONFLICT ({key}) {action}"
+            f"ON CONFLICT ({key}) {action}"
         )
-        cursor.execute(f"ANALYZE {_STAGE}")
         if _partitioned(cursor, dataset):
+            cursor.execute(f"ANALYZE {_STAGE}")
             # what tells a new row from a changed one cannot be asked of a table with partitions
             same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in schema.key)
             inserted = _one(
