@@ -574,7 +574,7 @@ class PostgresStore:
             )
 
     def _stage(self, cursor: Cursor, dataset: str, frame: pl.DataFrame, key: Sequence[str]) -> None:
-        """Put the rows into a table of the session's own, in the order of the key, in which it is read then: two writers
+        """Put the rows into a table of the session's own, in the order of the key, in which it is read: two writers
         of the same rows wait for one another and never both."""
         names = ", ".join(map(_quoted, frame.columns))
         cursor.execute(f"DROP TABLE IF EXISTS {_STAGE}")
