@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from marketsync.document import closest
-from marketsync.errors import AdoptionRefused
+from marketsync.errors import AdoptionRefused, ForeignTable
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, SYSTEM_COLUMNS, Column, ColumnType, Schema, polars_type
 from storage import evolution
 from storage.evolution import PERIOD_COLUMN
@@ -91,6 +91,15 @@ class Names:
 def remedy(dataset: str) -> str:
     """Return what to do about a table that stands where the dataset's should be."""
     return f"`marketsync adopt {dataset}` takes it over with its rows"
+
+
+def refuse_copy(place: object, of: str, dataset: str, what_to_do: str = "") -> None:
+    """Raise `ForeignTable` when the table of another dataset stands where the dataset's should be, copied or moved."""
+    if of != dataset:
+        raise ForeignTable(
+            f"{place} is the table of {of}, copied or moved to where that of {dataset} belongs; "
+            f"{what_to_do or remedy(dataset)}; or move it elsewhere, and {dataset} will be made and filled"
+        )
 
 
 def matched(schema: Schema, found: Sequence[str], wish: Wish, reasons: list[str]) -> Names:
@@ -351,11 +360,15 @@ def _whole(values: pl.Series, target: pl.DataType) -> pl.Series | None:
 def _float(values: pl.Series, target: pl.DataType) -> pl.Series | None:
     import polars as pl
 
-    if values.dtype == pl.String:
-        return values.cast(target, strict=False)
-    if not values.dtype.is_numeric():
+    if not (values.dtype.is_numeric() or values.dtype == pl.String):
         return None
     made = values.cast(target, strict=False)
+    if values.dtype == pl.String:
+        fits = ~made.is_infinite() | values.str.contains("(?i)inf")
+        if target == pl.Float32:  # 0.1 is what the nearest number that it has is written as
+            double = values.cast(pl.Float64, strict=False)
+            fits &= (made.cast(pl.Float64) == double) | (made.cast(pl.String).cast(pl.Float64) == double)
+        return _where(made, fits)
     if values.dtype.is_decimal():
         return _where(made, made.cast(values.dtype, strict=False).eq_missing(values))
     back = made.cast(pl.Float64) if values.dtype.is_float() else made.cast(pl.Int128, strict=False)

@@ -19,6 +19,7 @@ from marketsync.errors import StoreBusy, StoreError
 from storage import clickhouse, location, locks
 from storage.clickhouse import ClickHouseStore, Server
 from storage.clickhouse_adoption import literal, quoted
+from storage.files import made
 from storage.protocol import Writers
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _enter(folder: Path) -> _Engine:
                     f"one folder at a time; close that store before {folder} is opened, or use one folder for both"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            made(folder)
             owner = locks.take(folder / _LOCK, f"the chDB store {folder}", _OWNER_SECONDS)
             opened = _Engine(folder, owner)
             try:

@@ -149,7 +149,8 @@ class Server:
                 import clickhouse_connect
 
                 settings = READING_SETTINGS if reads else SETTINGS
-                with told(f"a connection to {self.place}; is it up, and does the URL name its host and user?"):
+                look = "is it up, and are host, port and user those of the URL?"
+                with told(f"a connection to {self.place}", look):
                     self._clients[reads] = clickhouse_connect.get_client(**self._options, settings=settings)
             return self._clients[reads]
 
@@ -651,18 +652,24 @@ def open_url(url: str, name: str) -> ClickHouseStore:
     options |= {"host": parts.hostname, "username": unquote(parts.username or "default"), "port": port}
     options |= {"password": unquote(parts.password or ""), "autogenerate_session_id": False, "compress": False}
     place = f"clickhouse://{parts.netloc.rpartition('@')[2]}"
-    return ClickHouseStore(f"{place}/", name, Server(place, {"connect_timeout": 10, **options}))
+    at = place if port else f"{place}:{8443 if options.get('secure') else 8123}"
+    return ClickHouseStore(f"{place}/", name, Server(at, {"connect_timeout": 10, **options}))
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn what the engine raises into a `StoreError` without its stack trace."""
+def told(what: str, look: str = "") -> Iterator[None]:
+    """Turn what the engine raises into a `StoreError` that says what to `look` at, without its stack trace, and of
+    trouble with the network only what the system says."""
     from clickhouse_connect.driver.exceptions import ClickHouseError
 
     try:
         yield
     except ClickHouseError as error:
-        raise StoreError(f"ClickHouse refused {what}: {str(error).splitlines()[0]}") from error
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        why = next(iter(str(first).splitlines()), type(first).__name__)
+        raise StoreError(f"ClickHouse refused {what}: {why}{look and f'; {look}'}") from error
 
 
 def _comment(marker: str, schema: Schema, table: str = "") -> str:

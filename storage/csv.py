@@ -31,11 +31,11 @@ from datetime import MAXYEAR, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from marketsync.errors import ForeignTable, StoreBusy, StoreError
+from marketsync.errors import ForeignTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, ColumnType, Schema
 from storage import admission, adoption, classify, evolution, filters, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
-from storage.files import sync, write_whole
+from storage.files import made, sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class _Entry:
 class _State:
     """One table as `_schema.json` has it."""
 
+    dataset: str
     version: int
     marker: str
     schema: Schema
@@ -145,14 +146,13 @@ class CsvStore:
         evolution.check(dataset, schema)
         state = self._open(dataset)
         if state is None or state.schema != schema:
-            folder = self._folder(dataset)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = made(self._folder(dataset))
             with self._locked(dataset):
                 state = self._open(dataset, locked=True)
                 if state is None:
                     self._refuse_foreign(dataset)
                     (folder / _NEW).mkdir(exist_ok=True)
-                    state = _State(0, uuid.uuid4().hex, schema, {}, {})
+                    state = _State(dataset, 0, uuid.uuid4().hex, schema, {}, {})
                     write_whole(folder / _TABLE, _to_json(state))
                     for level in (folder, folder.parent, self._root, self._root.parent):
                         sync(level)
@@ -321,8 +321,9 @@ class CsvStore:
 
         from storage import adoption_copies as copies
 
-        if self._open(dataset) is not None:
-            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        with suppress(ForeignTable):
+            if self._open(dataset) is not None:
+                return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".csv")
         with copies.reading(place):
             rows = pl.concat(
@@ -352,7 +353,7 @@ class CsvStore:
     # how it is done
 
     def _folder(self, dataset: str) -> Path:
-        return self._root.joinpath(*location.split(dataset))
+        return location.below(self._root, dataset)
 
     def _locked(self, dataset: str):
         return locks.exclusive(self._folder(dataset) / _LOCK, f"the CSV table of {dataset}")
@@ -366,8 +367,8 @@ class CsvStore:
             try:
                 with locks.exclusive(folder / _LOCK, f"the CSV table of {dataset}", wait_seconds=0):
                     self._finish(dataset)
-            except StoreBusy:
-                pass  # its writer lives and will finish
+            except StoreError:
+                pass  # its writer lives and will finish, or nobody can write here
         path = folder / _TABLE
         try:
             # compared whole: within one tick of the clock, time, size and even inode of two states can be the same
@@ -375,7 +376,9 @@ class CsvStore:
             held = self._held.get(dataset)
             if held is None or held[1] != text:
                 first = held is None
-                held = self._held[dataset] = (_from_json(text), text)
+                state = _from_json(text, dataset)
+                adoption.refuse_copy(folder, state.dataset, dataset)
+                held = self._held[dataset] = (state, text)
                 if first:
                     self._cut_all(dataset, held[0], locked=locked)
         except FileNotFoundError:
@@ -394,11 +397,11 @@ class CsvStore:
             try:
                 with locks.exclusive(folder / _LOCK, f"the CSV table of {dataset}", wait_seconds=0):
                     self._finish(dataset)  # its writer may have died since we looked
-                    current = _from_json((folder / _TABLE).read_bytes())
+                    current = _from_json((folder / _TABLE).read_bytes(), dataset)
                     if current.version == state.version:
                         self._cut_all(dataset, current, locked=True)
-            except StoreBusy:
-                pass  # it is being written
+            except StoreError:
+                pass  # it is being written, or cannot be
 
     def _refuse_foreign(self, dataset: str) -> None:
         folder = self._folder(dataset)
@@ -540,6 +543,7 @@ class CsvStore:
         types = after.schema.polars(system=True)
         same = state.schema.names == after.schema.names
         files, put, drop, tails = dict(after.files), [], [], []
+        (folder / _NEW).mkdir(exist_ok=True)  # what takes files from place to place may leave empty folders out
         for name, (subject, rows) in whole.items():
             gone = (out or {}).get(name)
             frames = [] if rows is None else [rows]
@@ -934,6 +938,7 @@ def _empty(schema: Schema) -> pl.DataFrame:
 def _to_json(state: _State) -> bytes:
     return json.dumps(
         {
+            "dataset": state.dataset,
             "version": state.version,
             "marker": state.marker,
             "schema": json.loads(evolution.to_text(state.schema)),
@@ -946,11 +951,12 @@ def _to_json(state: _State) -> bytes:
     ).encode()
 
 
-def _from_json(text: bytes) -> _State:
+def _from_json(text: bytes, dataset: str) -> _State:
     data = json.loads(text)
+    of = data.get("dataset", dataset)  # earlier ones do not say it
     schema = evolution.from_text(json.dumps(data["schema"], ensure_ascii=False))
     files = {name: _entry_of(*values) for name, values in data["files"].items()}
-    return _State(data["version"], data["marker"], schema, data["lanes"], files)
+    return _State(of, data["version"], data["marker"], schema, data["lanes"], files)
 
 
 def _entry_of(

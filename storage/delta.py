@@ -24,7 +24,7 @@ from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Perio
 from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
 from storage.evolution import PERIOD_COLUMN
-from storage.files import sync
+from storage.files import made, sync
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -54,6 +54,7 @@ _ATTEMPTS = 20
 
 _LOCK = "_marketsync.lock"
 _MARKER = "marketsync.marker"
+_DATASET = "marketsync.dataset"  # earlier tables do not say it
 _SCHEMA = "marketsync.schema"
 
 _DELTA_TYPES = {
@@ -89,12 +90,11 @@ class DeltaStore:
         evolution.check(dataset, schema)
         table = self._open(dataset)
         if table is None or _stored(table, dataset) != schema:
-            folder = self._folder(dataset)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = made(self._folder(dataset))
             with self._locked(dataset):
                 table = self._open(dataset, writing=True)
                 if table is None:
-                    self._create(folder, schema)
+                    self._create(folder, dataset, schema)
                 else:
                     self._evolve(dataset, table, schema)
             table = self._table(dataset)
@@ -245,7 +245,7 @@ class DeltaStore:
     # how it is done
 
     def _folder(self, dataset: str) -> Path:
-        return self._root.joinpath(*location.split(dataset))
+        return location.below(self._root, dataset)
 
     def _locked(self, dataset: str):
         return locks.exclusive(self._folder(dataset) / _LOCK, f"the Delta table of {dataset}")
@@ -307,7 +307,7 @@ class DeltaStore:
         # strict, and after admission nothing is lost
         return (frame if frame.schema == physical else frame.cast(physical)), absent  # pyright: ignore[reportArgumentType]
 
-    def _create(self, folder: Path, schema: Schema) -> None:
+    def _create(self, folder: Path, dataset: str, schema: Schema) -> None:
         from deltalake import DeltaTable
 
         DeltaTable.create(
@@ -316,6 +316,7 @@ class DeltaStore:
             partition_by=[] if schema.period is Period.NONE else [PERIOD_COLUMN],
             configuration={
                 _MARKER: uuid.uuid4().hex,
+                _DATASET: dataset,
                 _SCHEMA: evolution.to_text(schema),
                 "delta.checkpointInterval": str(_CHECKPOINT_EVERY_COMMITS),
                 "delta.deletedFileRetentionDuration": f"interval {_KEEP_REMOVED_FILES.days} days",
@@ -442,7 +443,9 @@ def _stamp(folder: Path, table: deltalake.DeltaTable) -> tuple[int, ...]:
 
 
 def _property(table: deltalake.DeltaTable, dataset: str, key: str) -> str:
-    value = table.metadata().configuration.get(key)
+    properties = table.metadata().configuration
+    adoption.refuse_copy(table.table_uri, properties.get(_DATASET, dataset), dataset)
+    value = properties.get(key)
     if value is None:
         raise ForeignTable(
             f"the Delta table in {table.table_uri} was not made by MarketSync, so it has no {key}: "

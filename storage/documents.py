@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ Document = dict[str, Any]
 FINE = "__ns"
 SUBJECTS_A_QUERY = 200
 _I64_MAX = 2**63 - 1
+_DECIMAL_DIGITS = 38
 _AFTER = "!"  # what follows a subject's last `_id`: the character after the space
 _ESCAPES = {chr(code): "!" + chr(ord("0") + code) for code in range(ord("!") + 1)}
 _TABLE = str.maketrans(_ESCAPES)
@@ -359,6 +361,22 @@ def _foreign(name: str, values: list[Any]) -> pl.Series:
             return pl.Series(name, values, pl.Int64)
         if all(issubclass(kind, float) for kind in kinds):
             return pl.Series(name, values, pl.Float64)
-        # numbers of several types are told apart by none of them: as texts each is still what it was
-        return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
+        return _numbers(name, [None if value is None else Decimal(str(value)) for value in values])
     return pl.Series(name, [None if value is None else repr(value).encode() for value in values], pl.Binary)
+
+
+def _numbers(name: str, values: list[Decimal | None]) -> pl.Series:
+    """Return numbers of several types of BSON in a type that has each of them as it is: doubles, then whole numbers,
+    then decimals; bytes where there is none."""
+    import polars as pl
+
+    there = [value for value in values if value is not None]
+    if all(not value.is_finite() or Decimal(repr(float(value))) == value for value in there):
+        return pl.Series(name, [None if value is None else float(value) for value in values], pl.Float64)
+    finite = all(value.is_finite() for value in there)
+    if finite and all(value == value.to_integral_value() and abs(value) < 2**127 for value in there):
+        return pl.Series(name, [None if value is None else int(value) for value in values], pl.Int128)
+    scale = max(0, *(-int(value.as_tuple().exponent) for value in there)) if finite else 0
+    if finite and all(value.adjusted() + 1 + scale <= _DECIMAL_DIGITS for value in there):
+        return pl.Series(name, values, pl.Decimal(_DECIMAL_DIGITS, scale))
+    return pl.Series(name, [None if value is None else str(value).encode() for value in values], pl.Binary)

@@ -24,8 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 from marketsync.errors import StoreBusy, StoreDamaged, StoreError
 from marketsync.schema import INGESTED_COLUMN, Schema
-from storage import admission, classify, evolution, filters, fingerprints, lazyframes, location, locks, workbook
-from storage.files import sync, write_whole
+from storage import (
+    admission,
+    adoption,
+    classify,
+    evolution,
+    filters,
+    fingerprints,
+    lazyframes,
+    location,
+    locks,
+    workbook,
+)
+from storage.files import made, sync, write_whole
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
 if TYPE_CHECKING:
@@ -84,7 +95,7 @@ class ExcelStore:
         state = self._open(dataset)
         if state is None or state.schema != schema:
             path = self._path(dataset)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            made(path.parent)
             with self._locked(dataset):
                 state = self._open(dataset)
                 if state is None:
@@ -224,8 +235,8 @@ class ExcelStore:
     # how it is done
 
     def _path(self, dataset: str) -> Path:
-        provider, name = location.split(dataset)
-        return self._root / provider / f"{name}.xlsx"
+        place = location.below(self._root, dataset)
+        return place.with_name(f"{place.name}.xlsx")
 
     def _locked(self, dataset: str):
         path = self._path(dataset)
@@ -237,6 +248,8 @@ class ExcelStore:
         table = path.with_name(path.stem + _TABLE)
         try:
             data = json.loads(table.read_bytes())
+            of = data.get("dataset", dataset)  # earlier ones do not say it
+            adoption.refuse_copy(path, of, dataset, "give it its name back")
             if data["next"] is not None and _digest(path) == data["next"]["digest"]:
                 return _from_json(data["next"])
             return _from_json(data["now"]) if data["now"] is not None and path.exists() else None
@@ -310,11 +323,11 @@ class ExcelStore:
             workbook.write(new, rows)
             sync(new)
             after = replace(after, rows=rows.height, content=_content(rows, after.schema), digest=_digest(new))
-            write_whole(table, _to_json(before, after))
+            write_whole(table, _to_json(dataset, before, after))
             os.replace(new, path)
             sync(path.parent)
             self._last = (after.digest, rows) if rows.estimated_size() <= _KEPT_BYTES else None
-        write_whole(table, _to_json(after, None))
+        write_whole(table, _to_json(dataset, after, None))
         return after
 
 
@@ -378,13 +391,13 @@ def _content(rows: pl.DataFrame, schema: Schema) -> str:
     return digest.hexdigest()
 
 
-def _to_json(now: _State | None, new: _State | None) -> bytes:
+def _to_json(dataset: str, now: _State | None, new: _State | None) -> bytes:
     def plain(state: _State | None) -> dict[str, Any] | None:
         if state is None:
             return None
         return {**vars(state), "schema": json.loads(evolution.to_text(state.schema))}
 
-    return json.dumps({"now": plain(now), "next": plain(new)}, ensure_ascii=False).encode()
+    return json.dumps({"dataset": dataset, "now": plain(now), "next": plain(new)}, ensure_ascii=False).encode()
 
 
 def _from_json(data: dict[str, Any]) -> _State:

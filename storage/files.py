@@ -5,6 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from marketsync.errors import StoreError
+
+
+def made(folder: Path) -> Path:
+    """Make the folder where there is none; raises `StoreError` where that is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"the folder {folder} cannot be made: {error}; is its disk there, and writable?") from error
+    return folder
+
 
 def sync(path: Path) -> None:
     """Wait until the file's content, or the folder's list of names, is on the disk."""

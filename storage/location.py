@@ -10,6 +10,7 @@ from pathlib import Path
 
 from marketsync.errors import ConfigurationError, StoreError
 
+_LONGEST = 200  # characters of a dataset's name where files are named after it, with endings of ours
 _DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -43,6 +44,16 @@ def split(dataset: str) -> tuple[str, str]:
         )
     provider, _, name = dataset.partition(".")
     return provider, name
+
+
+def below(root: Path, dataset: str) -> Path:
+    """Return the dataset's place in a store's folder; raises `ConfigurationError` for a name that no file can have."""
+    if len(dataset) > _LONGEST:
+        raise ConfigurationError(
+            f"the name of the dataset {dataset[:40]}... has {len(dataset)} characters, and files are named after it: "
+            f"give it one of at most {_LONGEST}"
+        )
+    return root.joinpath(*split(dataset))
 
 
 def is_dataset(name: str) -> bool:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marketsync.errors import StoreBusy
+from marketsync.errors import StoreBusy, StoreError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -24,16 +24,20 @@ _POLL_SECONDS = 0.01
 
 @contextmanager
 def exclusive(path: Path, what: str, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold the lock file for the block; raises `StoreBusy` naming the holder after `wait_seconds`. Not re-entrant."""
+    """Hold the lock file for the block; raises `StoreBusy` naming the holder after `wait_seconds`, and `StoreError` for
+    what the operating system refuses in the block. Not re-entrant."""
     lock = take(path, what, wait_seconds)
     try:
         yield
+    except OSError as error:
+        raise StoreError(f"{what} cannot be written: {error}; is its disk full, or its folder not writable?") from error
     finally:
         lock.release()
 
 
 def take(path: Path, what: str, wait_seconds: float) -> FileLock:
-    """Return the lock, held until its `release()` or the end of the process; raises `StoreBusy`."""
+    """Return the lock, held until its `release()` or the end of the process; raises `StoreBusy`, and `StoreError` where
+    no lock can be taken."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path, thread_local=False)
@@ -42,6 +46,10 @@ def take(path: Path, what: str, wait_seconds: float) -> FileLock:
     except Timeout as error:
         raise StoreBusy(
             f"{what} is held by {holder(path)}; wait for it to end, or run this where that process runs"
+        ) from error
+    except OSError as error:
+        raise StoreError(
+            f"{what} cannot be locked: {error}; the lock is a file there, so the folder has to be writable"
         ) from error
     with suppress(OSError):  # only a name for a message
         _owner(path).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")

@@ -16,18 +16,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
-from marketsync.errors import ForeignTable, StoreBusy, StoreDamaged, StoreError
+from marketsync.errors import ForeignTable, StoreDamaged, StoreError
 from marketsync.schema import ColumnType, Schema
 from storage import admission, adoption, evolution, fingerprints, lazyframes, location, locks
 from storage.adoption import Adoption, Wish
-from storage.files import sync, write_whole
+from storage.files import made, sync, write_whole
 from storage.parts import LOOK_EVERY_COMMITS, Change, Part, Parts, describe, encode
 from storage.protocol import Batch, Capabilities, Filter, Mode, TableInfo, Writers, Written
 
@@ -63,6 +63,7 @@ Answer = TypeVar("Answer")
 class _State:
     """One table as `state.json` has it."""
 
+    dataset: str
     version: int
     marker: str
     schema: Schema
@@ -87,11 +88,11 @@ class ParquetStore:
         evolution.check(dataset, schema)
         state = self._open(dataset)
         if state is None or state.schema != schema:
-            self._ours(dataset).mkdir(parents=True, exist_ok=True)
+            made(self._ours(dataset))
             with self._locked(dataset):
                 state = self._open(dataset, locked=True)
                 if state is None:
-                    state = _State(0, uuid.uuid4().hex, schema, {}, ())
+                    state = _State(dataset, 0, uuid.uuid4().hex, schema, {}, ())
                     shutil.rmtree(self._ours(dataset) / _TEMPORARY, ignore_errors=True)
                     (self._ours(dataset) / _TEMPORARY).mkdir()
                     folder = self._folder(dataset)
@@ -232,8 +233,9 @@ class ParquetStore:
 
         from storage import adoption_copies as copies
 
-        if self._open(dataset) is not None:
-            return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
+        with suppress(ForeignTable):
+            if self._open(dataset) is not None:
+                return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".parquet")
         hive = {part.partition("=")[0] for file in files for part in file.relative_to(place).parts[:-1] if "=" in part}
         parts = [f"{_OURS}/{dataset}", "/".join(location.split(dataset))]
@@ -261,10 +263,10 @@ class ParquetStore:
     # how it is done
 
     def _folder(self, dataset: str) -> Path:
-        return self._root.joinpath(*location.split(dataset))
+        return location.below(self._root, dataset)
 
     def _ours(self, dataset: str) -> Path:
-        location.split(dataset)
+        location.below(self._root, dataset)
         return self._root / _OURS / dataset
 
     def _locked(self, dataset: str):
@@ -282,8 +284,8 @@ class ParquetStore:
             try:
                 with locks.exclusive(ours / "lock", f"the Parquet table of {dataset}", wait_seconds=0):
                     return self._open(dataset, locked=True)
-            except StoreBusy:
-                pass  # its writer lives and will finish; the state is whole at every instant
+            except StoreError:
+                pass  # its writer lives and will finish, or nobody can write here; the state is whole at every instant
         return self._load(dataset)
 
     def _load(self, dataset: str) -> _State | None:
@@ -293,13 +295,14 @@ class ParquetStore:
             text = path.read_bytes()
             held = self._held.get(dataset)
             if held is None or held[1] != text:
-                held = (_from_json(text), text)
+                held = (_from_json(text, dataset), text)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} cannot be read: {error}; restore it, or drop the table") from error
         # who drops a table by hand removes its folder, and may not know of ours
         folder, state = self._folder(dataset), held[0]
+        adoption.refuse_copy(folder, state.dataset, dataset)
         if not folder.is_dir():
             return None
         if dataset not in self._held and state.parts and not (folder / unquote(state.parts[-1].path)).exists():
@@ -414,6 +417,7 @@ class ParquetStore:
     def _finish(self, dataset: str, state: _State) -> None:
         """Take out of the folder what the last write named and the table does not have: old parts, or half a write."""
         ours, folder = self._ours(dataset), self._folder(dataset)
+        (ours / _TEMPORARY).mkdir(exist_ok=True)  # what takes files from place to place may leave empty folders out
         for leftover in (ours / _TEMPORARY).iterdir():
             leftover.unlink()
         pending = ours / _PENDING
@@ -436,6 +440,7 @@ def _to_json(state: _State) -> bytes:
 
     return json.dumps(
         {
+            "dataset": state.dataset,
             "version": state.version,
             "marker": state.marker,
             "schema": json.loads(evolution.to_text(state.schema)),
@@ -446,8 +451,9 @@ def _to_json(state: _State) -> bytes:
     ).encode()
 
 
-def _from_json(text: bytes) -> _State:
+def _from_json(text: bytes, dataset: str) -> _State:
     data = json.loads(text)
+    of = data.get("dataset", dataset)  # earlier ones do not say it
     schema = evolution.from_text(json.dumps(data["schema"], ensure_ascii=False))
     days = schema.time is not None and schema[schema.time].type is ColumnType.DATE
     moment = date.fromisoformat if days else datetime.fromisoformat
@@ -456,6 +462,5 @@ def _from_json(text: bytes) -> _State:
         since, last = (None if at is None else moment(at) for at in (since, last))
         return Part(path, size, rows, period, since, last, first_subject, last_subject)
 
-    return _State(
-        data["version"], data["marker"], schema, data["lanes"], tuple(part(*fields) for fields in data["parts"])
-    )
+    parts = tuple(part(*fields) for fields in data["parts"])
+    return _State(of, data["version"], data["marker"], schema, data["lanes"], parts)

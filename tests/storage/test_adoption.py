@@ -4,6 +4,7 @@ is refused with its reason, and then nothing is changed."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -323,6 +324,26 @@ def test_a_time_in_a_file_of_texts_is_what_it_says_or_refused(place_of, text, at
     else:
         store.adopt("made.bars", BARS, wish)
         assert store.scan("made.bars").collect().rows() == [("000001", at, 0.1, 100)]
+    store.close()
+
+
+def test_a_number_in_a_file_of_texts_is_what_it_says_or_refused(place_of):
+    columns = (Column("k", ColumnType.I64), Column("double", ColumnType.F64), Column("single", ColumnType.F32))
+    schema = Schema(columns, key=("k",))
+    place = place_of("csv")
+    folder = place.folder / "made"
+    folder.mkdir(parents=True)
+    (folder / "bad.csv").write_text("k,double,single\n1,1e400,16777217\n2,-1e5,1e39\n3,0.1,0.1\n", encoding="utf-8")
+    (folder / "good.csv").write_text("k,double,single\n1,Infinity,-inf\n2,1e5,0.1\n3,NaN,1.5\n", encoding="utf-8")
+    store = place.open()
+    with pytest.raises(AdoptionRefused) as refused:
+        store.adopt("made.bad", schema, WISH)
+    assert "in 1 row, such as 1e400" in str(refused.value)
+    assert "in 2 rows, such as 16777217" in str(refused.value)
+    store.adopt("made.good", schema, WISH)
+    found = store.scan("made.good").collect()
+    assert found["double"].equals(pl.Series([math.inf, 1e5, math.nan]))
+    assert found["single"].equals(pl.Series([-math.inf, 0.1, 1.5], dtype=pl.Float32))
     store.close()
 
 

@@ -235,6 +235,7 @@ def test_values_that_adopting_would_change_are_refused_and_others_are_as_they_we
         ("String", ["2024-03-10 02:30:00"], times, new_york, None),
         ("String", ["2024-11-03 01:30"], times, new_york, None),
         ("Date", ["2017-10-15"], times, "America/Sao_Paulo", None),
+        ("String", ["2024-02-01T25:61:00Z"], times, None, None),
         ("String", ["-1e400"], ColumnType.F64, None, None),
         ("String", ["16777217"], ColumnType.F32, None, None),
         ("String", ["1e39"], ColumnType.F32, None, None),

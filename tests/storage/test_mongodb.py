@@ -4,6 +4,7 @@ unless MARKETSYNC_TEST_MONGODB names a real one."""
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from private_mongodb import private_mongodb
 from pymongo.database import Database
 from stored_frames import BARS, START, bars, batch, stamped
 
-from marketsync.errors import ConfigurationError, QueryRefused, SchemaConflict, StoreError
+from marketsync.errors import AdoptionRefused, ConfigurationError, QueryRefused, SchemaConflict, StoreError
 from marketsync.schema import Column, ColumnType, Schema
 from storage import documents
+from storage.adoption import Wish
 from storage.mongodb import MongoStore, open_url
 from storage.protocol import Filter, Mode, Written
 
@@ -161,6 +163,28 @@ def test_a_number_beyond_64_bits_with_a_sign_is_a_decimal_that_compares_as_a_num
     assert database["made.numbers"].find_one({"_id": "d"})["n"] == Decimal128(str(2**64 - 1))
     assert database["made.numbers"].count_documents({"n": {"$gte": 2**63 - 1}}) == 3
     assert store.scan("made.numbers").collect().sort("code").equals(frame)
+
+
+def test_numbers_of_several_types_are_adopted_where_each_stays_the_number_that_it_was(store, database):
+    exact, beyond = 9007199254740992, 9007199254740993
+    long = Decimal128("123456789.123456789012345")
+    cases = [
+        ([beyond, 1.5], ColumnType.F64, str(beyond)),
+        ([Decimal128("0.1"), long], ColumnType.F64, str(long)),
+        ([exact, 1.5, Decimal128("0.1"), Decimal128("NaN")], ColumnType.F64, [exact, 1.5, 0.1, math.nan]),
+        ([beyond, 12.0, Decimal128("7.0")], ColumnType.I64, [beyond, 12, 7]),
+        ([Decimal128(str(2**64 - 1)), 1], ColumnType.U64, [2**64 - 1, 1]),
+    ]
+    for number, (values, type_, kept) in enumerate(cases):
+        name = f"made.t{number}"
+        schema = Schema((Column("k", ColumnType.I64), Column("v", type_)), ("k",))
+        database[name].insert_many([{"k": k, "v": v} for k, v in enumerate(values)])
+        if isinstance(kept, str):
+            with pytest.raises(AdoptionRefused, match=f"in 1 row, such as {re.escape(kept)}"):
+                store.adopt(name, schema, Wish(segment="s", at=START))
+        else:
+            store.adopt(name, schema, Wish(segment="s", at=START))
+            assert store.scan(name).collect().sort("k")["v"].equals(pl.Series(kept, dtype=schema.polars()["v"]))
 
 
 def test_what_another_client_wrote_is_the_same_value_or_it_is_told(store, database):

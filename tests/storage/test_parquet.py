@@ -214,12 +214,12 @@ def test_the_first_look_at_a_table_may_meet_a_writer(store, tmp_path: Path, monk
     reader = open_store(f"parquet://{tmp_path}")
     made = storage.parquet._from_json
 
-    def late(text: bytes):
+    def late(*given: str | bytes):
         with monkeypatch.context() as calm:
             calm.setattr(storage.parquet, "_from_json", made)
             store.write(batch(NAME, bars(add=1.0), 2))
         monkeypatch.setattr(storage.parquet, "_from_json", made)
-        return made(text)
+        return made(*given)
 
     monkeypatch.setattr(storage.parquet, "_from_json", late)
     assert reader.count(NAME) == 96
