@@ -109,7 +109,8 @@ _MOST = 2**64 - 1
 _SESSION = (
     "SET time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,NO_AUTO_VALUE_ON_ZERO', "
     f"lock_wait_timeout = {_LOCK_SECONDS}, net_write_timeout = {_PATIENCE_SECONDS}, "
-    f"sql_select_limit = {_MOST}, sql_safe_updates = 0, max_join_size = {_MOST}, sql_big_selects = 1"
+    f"sql_select_limit = {_MOST}, sql_safe_updates = 0, max_join_size = {_MOST}, sql_big_selects = 1, "
+    "unique_checks = 1"
 )
 
 _TYPES = {
@@ -405,7 +406,7 @@ class MySQLStore:
                     if _code(error) not in _NOT_KEPT:
                         raise
                     raise AdoptionRefused(look.table, [str(error.args[-1])]) from error
-            notes = [*look.notes(adoption.STAYS), *taking.unseen(cursor, name)]
+            notes = [*look.notes(adoption.STAYS), *taking.unseen(cursor, name if wish.dry else dataset)]
             return Adoption(look.table, None if wish.dry else marker, counts, done, notes, look.names.extra)
 
         import pymysql
