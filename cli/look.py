@@ -77,6 +77,10 @@ def _show(one) -> None:
             put(f"    owed: {many(part.owed_units, 'unit')}, {about} {many(part.owed_requests, 'request')}")
         if part.spooled_rows:
             put(f"    in the spool: {many(part.spooled_rows, 'row')} on their way")
+        if part.set_aside:
+            put(
+                f"    set aside: {many(part.set_aside, 'row')}, in .marketsync/quarantine/{part.dataset}/ with the reason"
+            )
         if part.states:
             put("    " + ", ".join(f"{count:,} {state}" for state, count in sorted(part.states.items())))
         if part.problem:

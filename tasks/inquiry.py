@@ -21,6 +21,7 @@ from marketsync.ledger import Desired, RunRow, WorkState, owner_is_dead
 from marketsync.planning import EVERYTHING, Unit, day_start, instant
 from storage.lazyframes import reading
 from storage.protocol import Filter
+from tasks import quarantine
 from tasks.fetch import ask_of
 from tasks.workspace import Options, Scope, Workspace, expected_rows
 
@@ -357,6 +358,7 @@ class DatasetStatus:
     problem: str = ""
     owed_at_least: bool = False  # how many pages the answers have is not known
     uncovered: int = 0  # subjects that were never answered for; `covered_until` is about the others
+    set_aside: int = 0  # rows in quarantine that were not asked for again since
 
 
 @dataclass(frozen=True)
@@ -428,6 +430,7 @@ def status(workspace: Workspace, plan: str, *, owed: bool = False, most: int = 1
                     states=dict(states),
                     problem=problem,
                     owed_at_least=not all(certain for _, certain in pages),
+                    set_aside=quarantine.rows_standing(scope, store_id),
                 )
             )
     runs = ledger.runs(plan, limit=1)

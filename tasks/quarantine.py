@@ -5,7 +5,7 @@ Rows are set aside elsewhere, where segments are sealed and where stores refuse 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from marketsync.coverage import Interval, within
@@ -35,16 +35,24 @@ def standing(scope: Scope, store_id: str = "") -> Remark | None:
     files = list(_not_asked_again(scope, store_id))
     if not files:
         return None
-    rows = sum(file.read_bytes().count(b"\n") for file in files)
     alone = f" for store {store_id} alone" if store_id else ""
     return _remark(
         scope,
         store_id,
-        f"{_were(rows)} set aside{alone} by earlier runs and not asked for again since ({_reasons(files)}): each is in "
-        f"{_folder(scope, store_id)} with its reason; mend the cause, and "
+        f"{_were(_rows_in(files))} set aside{alone} by earlier runs and not asked for again since ({_reasons(files)}): "
+        f"each is in {_folder(scope, store_id)} with its reason; mend the cause, and "
         f"`marketsync sync {scope.plan_name} --refetch` asks for them again; or delete the files of what is not missed",
         kind="still_set_aside",
     )
+
+
+def rows_standing(scope: Scope, store_id: str) -> int:
+    """Return how many rows were set aside and not asked for again since: of every store, and of this one alone."""
+    return _rows_in([*_not_asked_again(scope, ""), *_not_asked_again(scope, store_id)])
+
+
+def _rows_in(files: Iterable[Path]) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in files)
 
 
 def _not_asked_again(scope: Scope, store_id: str) -> Iterator[Path]:

@@ -11,7 +11,7 @@ from polars.testing import assert_frame_equal
 from synced_place import Place
 
 import storage.delta
-from marketsync import explain
+from marketsync import explain, status
 from marketsync.configuration import shipped_definitions
 from tasks.workspace import Options
 
@@ -96,6 +96,10 @@ def test_where_no_row_is_expected_what_was_set_aside_is_told_until_it_is_asked_f
         assert (again.code, again.sent) == (3, 0), again.words
         assert told in again.words
         assert "not at the beginning of a bucket of 1H" in again.words
+    assert [(part.store, part.set_aside) for part in status("p", here.config).datasets] == [
+        ("files", 0),
+        ("hourly", count),
+    ]
     refetched = here.sync_here(Options(refetch=True))
     assert refetched.code == 3
     assert f"{count:,} rows were set aside for store hourly alone, which cannot keep them" in refetched.words
