@@ -78,9 +78,7 @@ def _show(one) -> None:
         if part.spooled_rows:
             put(f"    in the spool: {many(part.spooled_rows, 'row')} on their way")
         if part.set_aside:
-            put(
-                f"    set aside: {many(part.set_aside, 'row')}, in .marketsync/quarantine/{part.dataset}/ with the reason"
-            )
+            put(f"    set aside: {many(part.set_aside, 'row')}, with the reason in quarantine/{part.dataset}/")
         if part.states:
             put("    " + ", ".join(f"{count:,} {state}" for state, count in sorted(part.states.items())))
         if part.problem:
