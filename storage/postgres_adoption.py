@@ -53,6 +53,7 @@ _AGAINST = {
     "partition": "it is a partition of {0}: ALTER TABLE {0} DETACH PARTITION {1}",
     "parent": "the rows of {0}, which inherits from it, are read as its own: ALTER TABLE {0} NO INHERIT {1}",
     "child": "it inherits from {0}, where its rows are read too: ALTER TABLE {1} NO INHERIT {0}",
+    "index": "its unique index {0} has a collation of its own, to which texts that differ can be equal: DROP INDEX {0}",
     "policy": "row-level security may hide rows of it: ALTER TABLE {1} DISABLE ROW LEVEL SECURITY",
 }
 _OTHERS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "cut into partitions"}
@@ -125,6 +126,11 @@ def _against(cursor: Cursor, table: str) -> list[str]:
         "UNION ALL SELECT CASE WHEN c.relispartition THEN 'partition' ELSE 'child' END, inhparent::regclass::text "
         "FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid WHERE inhrelid = %(table)s::regclass "
         "UNION ALL SELECT 'parent', inhrelid::regclass::text FROM pg_inherits WHERE inhparent = %(table)s::regclass "
+        "UNION ALL SELECT DISTINCT 'index', indexrelid::regclass::text FROM pg_index i "
+        "CROSS JOIN unnest(i.indkey::int2[], i.indcollation::oid[]) k(number, ordered) "
+        "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number "
+        "JOIN pg_collation l ON l.oid = k.ordered WHERE i.indrelid = %(table)s::regclass AND i.indisunique "
+        "AND l.oid <> a.attcollation AND NOT l.collisdeterministic "
         "UNION ALL SELECT 'policy', '' FROM pg_class WHERE oid = %(table)s::regclass AND relrowsecurity ORDER BY 1, 2",
         {"table": table},
     ).fetchall()
