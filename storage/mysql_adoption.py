@@ -154,6 +154,7 @@ def statements(
     at = wish.at.replace(tzinfo=None).isoformat(" ", "microseconds")
     values = (literal(wish.segment), f"'{at}'")
     new = [(each, value) for each, value in zip(system, values, strict=True) if each.split("`")[1] not in look.columns]
+    changes += [f"MODIFY COLUMN {each}" for each in system if each.split("`")[1] in look.columns]
     changes += [f"ADD COLUMN {each} DEFAULT {value}" for each, value in new]
     if look.keyed() is None:
         key = ", ".join(map(quoted, schema.key))
