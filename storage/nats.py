@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import logging
 import os
 import re
 import ssl
@@ -70,10 +71,16 @@ class _Tail:
     committed: int
 
 
+def _no_end_of_tls(record: logging.LogRecord) -> bool:
+    """Leave out what asyncio says of the client each time that a connection with TLS ends, which changes nothing."""
+    return "eof_received" not in str(record.msg)
+
+
 class Loop:
     """One event loop in one thread, for a client that only speaks asyncio."""
 
     def __init__(self) -> None:
+        logging.getLogger("asyncio").addFilter(_no_end_of_tls)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nats", daemon=True)
         self._thread.start()

@@ -229,7 +229,7 @@ def test_a_nats_without_jetstream_is_told(started: Started):
 
 
 @pytest.mark.parametrize("engine", ["nats", "redis"])
-def test_a_connection_is_encrypted_and_its_server_verified(engine: str, started: Started, tmp_path):
+def test_a_connection_is_encrypted_and_its_server_verified(engine: str, started: Started, tmp_path, caplog):
     made = made_certificates(tmp_path)
     with ExitStack() as stack:
         if engine == "nats":
@@ -246,6 +246,7 @@ def test_a_connection_is_encrypted_and_its_server_verified(engine: str, started:
         with pytest.raises(StoreError, match="ca_cert, client_cert and verify"):
             stranger.marker("made.bars")
         stranger.close()
+    assert caplog.text == ""
 
 
 def test_a_batch_that_redis_took_and_nobody_saw_on_its_disk_is_waited_for_before_it_counts(redis: str):
