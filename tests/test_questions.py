@@ -190,7 +190,10 @@ def test_a_list_without_dates_is_explained_without_a_day_and_whatever_the_day(pl
 def test_rows_that_name_no_symbol_are_told_as_such(place):
     place.sync("lists")
     lines = explained(place, "acme.facts", "anything", None)
-    assert lines[1] == "acme.facts has no column for a symbol (`subject:` in its definition names one): what is told here is true of all its rows."
+    assert lines[1] == (
+        "acme.facts has no column for a symbol (`subject:` in its definition names one): "
+        "what is told here is true of all its rows."
+    )
     assert lines[-1].startswith("default has 1 row; the first came with segment")
 
 
