@@ -793,7 +793,19 @@ class MySQLStore:
 
     def _refuse_overwritten(self, cursor: Cursor, dataset: str, schema: Schema, absent: str) -> None:
         """Raise `StoreError` where a row of the stage is `absent` from the table after all: the engine takes a row for
-        another by any unique index."""
+        another by any unique index, and a text by the collation that its column has now."""
+        cursor.execute(
+            "SELECT COLUMN_NAME FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s "
+            "AND COLLATION_NAME <> %s",
+            [dataset, self._collation],
+        )
+        if alike := [name for (name,) in cursor.fetchall() if name in schema]:
+            must = evolution.required(schema)
+            columns = ", ".join(f"MODIFY COLUMN {self._column(schema, schema[n], n in must)}" for n in alike)
+            raise StoreError(
+                f"{quoted(dataset)} in {self.url} takes unlike texts of {', '.join(alike)} for one, as somebody has "
+                f"changed its collation; nothing was written: ALTER TABLE {quoted(dataset)} {columns}"
+            )
         uniques = _uniques(cursor, dataset)
         others = [name for name, columns in uniques.items() if set(columns) != set(schema.key)]
         key = ", ".join(map(quoted, schema.key))

@@ -307,6 +307,11 @@ def test_rows_that_a_later_index_takes_for_others_are_refused(store, mysql):
     with pytest.raises(StoreError, match=r"no unique index over its key any more.*ADD PRIMARY KEY \(`symbol`, `ts`\)"):
         store.write(batch(DATASET, frame, 2))
     assert store.count(DATASET) == 2
+    store.ensure("made.alike", BARS)
+    asked(mysql, "ALTER TABLE `made.alike` CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci")
+    with pytest.raises(StoreError, match=r"takes unlike texts of symbol for one.*nothing was written: ALTER TABLE"):
+        store.write(batch("made.alike", bars(("a", "A"), rows=1)))
+    assert store.count("made.alike") == 0
 
 
 def test_a_key_that_is_longer_than_an_index_takes_is_refused_and_not_cut(store):
