@@ -330,8 +330,12 @@ class ParquetStore:
         return state
 
     def _versions(self, datasets: Sequence[str]) -> list[tuple[str, int] | None]:
-        states = [self._open(dataset) for dataset in datasets]
-        return [None if state is None else (state.marker, state.version) for state in states]
+        def version(dataset: str) -> tuple[str, int] | None:
+            with suppress(ForeignTable):  # one that nobody asks for, or who does is told
+                state = self._open(dataset)
+                return None if state is None else (state.marker, state.version)
+
+        return [version(dataset) for dataset in datasets]
 
     def _undisturbed(self, datasets: Sequence[str], ask: Callable[[], Answer]) -> Answer:
         """Return what `ask` reads of the tables: it is asked again when a writer took files away under it, and at last
