@@ -1,8 +1,8 @@
 """Every row of the failure table, spoken by the replica in the words of each of the three providers whose definitions
 ship: how the run ends, what its report says, and that the next run recovers.
 
-By day the steps run in this process, over real sockets, into real stores; the slow tests are the same with the real
-command. Which recorded error body means what is in `test_definitions.py`.
+By day the steps run in this process, over real sockets, into real stores, and one provider speaks; the slow tests are
+the same of all three, and with the real command. Which recorded error body means what is in `test_definitions.py`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ SPEAKERS = {
 }
 
 
-# by day the two that differ most: one tells errors in the body of a 200, the other by the status
-@pytest.fixture(params=["alpaca", pytest.param("nasdaq_data_link", marks=pytest.mark.slow), "tushare"])
+@pytest.fixture(
+    params=["alpaca", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nasdaq_data_link", "tushare"))]
+)
 def speaker(request: pytest.FixtureRequest) -> Speaker:
     return SPEAKERS[request.param]
 

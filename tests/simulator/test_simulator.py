@@ -81,7 +81,7 @@ def crashed_and_run_again(chosen: Settings, crash_at: int) -> bool:
 
 @pytest.mark.parametrize("name", CRASHING)
 def test_a_crash_at_a_boundary_loses_nothing_and_repeats_at_most_a_segment_of_requests(name: str):
-    every = 9
+    every = 13
     first = 1 + list(CRASHING).index(name) % every
     tried = 0
     while crashed_and_run_again(CRASHING[name], first + tried * every):
@@ -277,7 +277,7 @@ def brought_to_an_end(world: World) -> None:
 
 
 @given(scenarios())
-@settings(EVERYDAY, max_examples=20)
+@settings(EVERYDAY, max_examples=14)
 def test_whatever_happens_the_stores_end_up_equal_to_the_source(scenario: tuple[Settings, Source, list[Any]]):
     live_and_end(*scenario)
 
