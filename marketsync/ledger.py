@@ -435,10 +435,16 @@ class Ledger:
         self.url = sa.make_url(url).render_as_string(hide_password=True)
         self._lock = threading.RLock()
         sqlite = url.startswith("sqlite")
-        arguments: dict[str, Any] = {"timeout": 60, "check_same_thread": False} if sqlite else {}
-        if url.startswith("postgresql://"):
-            url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-        self._engine = sa.create_engine(url, connect_args=arguments, pool_pre_ping=not sqlite)
+        if sqlite:
+            self._engine = sa.create_engine(url, connect_args={"timeout": 60, "check_same_thread": False})
+        else:
+            # whatever a server's default is: who waited for the lock has to see what its holder wrote
+            self._engine = sa.create_engine(
+                url.replace("postgresql://", "postgresql+psycopg://", 1),
+                connect_args={"client_encoding": "utf8"},
+                pool_pre_ping=True,
+                isolation_level="READ COMMITTED",
+            )
         self._sqlite = sqlite
         if sqlite:
             event.listen(self._engine, "connect", _sqlite_connect)

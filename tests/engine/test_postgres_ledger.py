@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
+import psycopg
 import pytest
 from synced_place import alpaca_by_month, asked_again, ended, killed
 
@@ -55,6 +57,22 @@ def test_a_run_that_is_killed_goes_on_from_a_ledger_in_postgres(place, postgres)
     assert here.bars().equals(here.source(None, SINCE, UNTIL))
     assert len(asked_again(here.log)) <= 10
     assert here.spooled() == []
+
+
+def test_who_waited_for_the_lock_sees_what_its_holder_wrote_whatever_the_server_has_for_a_default(postgres):
+    name = postgres.rpartition("/")[2]
+    with psycopg.connect(postgres, autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")  # pyright: ignore[reportArgumentType, reportCallIssue]
+    ledgers = [Ledger(postgres, SystemClock()) for _ in range(2)]
+
+    def hold(ledger: Ledger) -> list[bool]:
+        return [ledger.hold(f"lane:{number}", f"host:{id(ledger)}:1:a") for number in range(50)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(hold, ledgers)
+    assert [one + other for one, other in zip(first, second, strict=True)] == [1] * 50
+    for ledger in ledgers:
+        ledger.close()
 
 
 def test_what_the_user_wants_of_a_plan_is_heard_through_postgres(postgres):
