@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from marketsync.errors import ConfigurationError, StoreDamaged
@@ -65,13 +66,12 @@ def export(
     source = workspace.store(name)
     schema = _schema(source, name, dataset)
     wanted = _wanted(dataset, schema, symbols, since, until, columns)
-    new = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
-        try:
-            new.touch()
-        except OSError as error:
-            raise ConfigurationError(f"{file} cannot be written: {error.strerror}; name another place") from None
-        rows = _written(source, dataset, wanted, new, schema)
+        aside = TemporaryDirectory(dir=file.parent, prefix=f".{file.stem}.", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error.strerror}; name another place") from None
+    with aside as folder:
+        new, rows = _written(source, dataset, wanted, Path(folder) / file.name, schema)
         if symbols and (unknown := _unknown(source, dataset, schema, symbols)):
             raise ConfigurationError(f"{dataset} in {name} has no rows of {', '.join(unknown)}; nothing was written")
         if not rows and file.exists():
@@ -80,8 +80,6 @@ def export(
         size = new.stat().st_size
         os.replace(new, file)
         sync(file.parent)
-    finally:
-        new.unlink(missing_ok=True)
     return Exported(dataset, name, str(file), list(columns) or schema.names, rows, size)
 
 
@@ -144,10 +142,15 @@ def _unknown(source: Store, dataset: str, schema: Schema, symbols: Sequence[str]
     return [symbol for symbol in symbols if symbol not in known]
 
 
-def _written(source: Store, dataset: str, wanted: Filter, file: Path, schema: Schema, looks: int = 3) -> int:
+def _written(
+    source: Store, dataset: str, wanted: Filter, file: Path, schema: Schema, looks: int = 3
+) -> tuple[Path, int]:
+    """Write the rows, and return where they are, and how many."""
+    # each look has a file of its own: a sink that failed may go on in the background, and end its file later
+    new = file.with_stem(f"{file.stem}.{looks}")
     try:
         with reading(f"the table of {dataset}", source.url):
-            return _write(source.scan(dataset, wanted), file, schema)
+            return new, _write(source.scan(dataset, wanted), new, schema)
     except StoreDamaged:
         if looks == 1:
             raise
