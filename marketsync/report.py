@@ -96,9 +96,8 @@ class Remark:
     how many alike it stands for.
     """
 
-    kind: (
-        str  # failed, stopped, store; dropped, still_dropped, quarantined, still_set_aside, waiting, not_yet, cool_down
-    )
+    # failed, stopped, store; dropped, still_dropped, quarantined, still_set_aside, waiting, not_yet, cool_down
+    kind: str
     dataset: str = ""
     subject: str = ""
     message: str = ""

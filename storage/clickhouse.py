@@ -199,9 +199,11 @@ class ClickHouseStore:
             found = self._described(dataset)
             if found is None:
                 self._create(dataset, schema, uuid.uuid4().hex)
+                found = self._table(dataset)
             elif not self._has_commits(provider):
                 self._begin_anew(provider)
-            marker, stored = self._table(dataset)
+                found = self._table(dataset)
+            marker, stored = found
             if stored != schema:
                 self._evolve(dataset, stored, schema, marker)
             return marker

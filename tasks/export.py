@@ -72,8 +72,6 @@ def export(
         raise ConfigurationError(f"{file} cannot be written: {error.strerror}; name another place") from None
     with aside as folder:
         new, rows = _written(source, dataset, wanted, Path(folder) / file.name, schema)
-        if symbols and (unknown := _unknown(source, dataset, schema, symbols)):
-            raise ConfigurationError(f"{dataset} in {name} has no rows of {', '.join(unknown)}; nothing was written")
         if not rows and file.exists():
             raise ConfigurationError(f"{dataset} in {name} has no such rows; {file} was left as it is")
         sync(new)
@@ -132,10 +130,12 @@ def _wanted(
     return Filter(list(symbols) or None, first, end, list(columns) or None)
 
 
-def _unknown(source: Store, dataset: str, schema: Schema, symbols: Sequence[str]) -> list[str]:
+def _unknown(source: Store, dataset: str, symbols: Sequence[str], schema: Schema) -> list[str]:
     """Return those of the symbols that the table has no row of, whenever."""
     import polars as pl
 
+    if not symbols:
+        return []
     subject = schema.subject or ""
     rows = source.scan(dataset, Filter(symbols, columns=[subject]))
     known = set(rows.select(pl.col(subject).unique()).collect(engine="streaming")[subject])
@@ -150,6 +150,10 @@ def _written(
     new = file.with_stem(f"{file.stem}.{looks}")
     try:
         with reading(f"the table of {dataset}", source.url):
+            if unknown := _unknown(source, dataset, wanted.subjects or (), schema):
+                raise ConfigurationError(
+                    f"{dataset} in {source.name} has no rows of {', '.join(unknown)}; nothing was written"
+                )
             return new, _write(source.scan(dataset, wanted), new, schema)
     except StoreDamaged:
         if looks == 1:

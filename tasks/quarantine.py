@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from marketsync.coverage import Interval, within
 from marketsync.report import Remark
 from tasks.workspace import Scope
 
@@ -67,7 +66,7 @@ def _not_asked_again(scope: Scope, store_id: str) -> Iterator[Path]:
         if origin is None:
             yield file  # so long ago that the ledger has forgotten it
         elif origin.run_id != scope.run_id and any(
-            piece.asked_at <= origin.sealed_at and within([Interval(piece.start, piece.end)], [span])
+            piece.asked_at <= origin.sealed_at and piece.start < span.end and span.start < piece.end
             for subject, span in origin.asked
             for piece in known.get(subject, ())
         ):

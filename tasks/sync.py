@@ -218,10 +218,11 @@ def _judged(
     if not store.capabilities.table:
         return DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url, log=True)
     there = store.marker(scope.dataset) is not None
-    small = not there or store.info(scope.dataset).rows < full_below
     part = DatasetReport(dataset=scope.dataset, store=store_id, store_url=store.url)
     if there:
         part = table_report(scope.dataset, store_id, store)
+    rows = part.size.rows if part.size is not None else 0
+    small = rows < full_below
     wanted = scope.wanted
     if not wanted or scope.schema.time is None:
         return part
@@ -249,13 +250,13 @@ def _judged(
         )
     if reopen and (late := reopened(judgement, coverage, scope.timing)):
         scope.ledger.lay(store_id, scope.dataset, scope.request_hash, late)
-    marks = _newest(scope, store, small, touched) if there else {}
+    marks = _newest(scope, store, small or rows < WATERMARKS_BELOW, touched) if there else {}
     return replace(part, judgement=judgement, watermarks=watermarks_of(judgement, marks)[:SHOWN_WATERMARKS])
 
 
-def _newest(scope: Scope, store: Store, small: bool, touched: Sequence[Interval]) -> Mapping[str, datetime | date]:
-    """Return the newest time of each subject; of a large table as far as the run touched it."""
-    if small or store.info(scope.dataset).rows < WATERMARKS_BELOW:
+def _newest(scope: Scope, store: Store, whole: bool, touched: Sequence[Interval]) -> Mapping[str, datetime | date]:
+    """Return the newest time of each subject, of the `whole` table or as far as the run touched it."""
+    if whole:
         return store.watermarks(scope.dataset)
     if not touched:
         return {}
