@@ -121,13 +121,16 @@ class Spool:
 
     def aside(self, dataset: str, segment_id: str, store_id: str = "") -> Path:
         """Return the file of a segment's rows that were set aside, which is there when some were."""
-        return self._quarantine / dataset / store_id / f"{segment_id.replace(':', '-')}.jsonl"
+        return self.quarantine(dataset, store_id) / f"{segment_id.replace(':', '-')}.jsonl"
+
+    def quarantine(self, dataset: str, store_id: str = "") -> Path:
+        """Return the folder of a dataset's rows that were set aside, or of those of one store alone."""
+        return self._quarantine / dataset / store_id
 
     def quarantined(self, dataset: str, store_id: str = "") -> dict[str, Path]:
         """Return the quarantine files of a dataset by segment id (those of one store alone when it is named), the
         oldest first."""
-        folder = self._quarantine / dataset / store_id
-        files = sorted(folder.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+        files = sorted(self.quarantine(dataset, store_id).glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
         return {":".join(file.stem.rsplit("-", 1)): file for file in files}
 
 

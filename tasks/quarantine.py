@@ -18,10 +18,11 @@ def remark(scope: Scope, rows: int, store_id: str = "") -> Remark:
     """Return what is said of rows that this run set aside, for one store alone where it is named."""
     alone = f" for store {store_id} alone, which cannot keep them" if store_id else ""
     files = list(scope.spool.quarantined(scope.dataset, store_id).values())
+    folder = scope.spool.quarantine(scope.dataset, store_id)
     return _remark(
         scope,
         store_id,
-        f"{_were(rows)} set aside{alone} ({_reasons(files)}): each is in {_folder(scope, store_id)} with its reason; "
+        f"{_were(rows)} set aside{alone} ({_reasons(files)}): each is in {folder} with its reason; "
         f"when the cause is mended, `marketsync sync {scope.plan_name} --refetch` asks for them again",
     )
 
@@ -35,11 +36,12 @@ def standing(scope: Scope, store_id: str = "") -> Remark | None:
     if not files:
         return None
     alone = f" for store {store_id} alone" if store_id else ""
+    folder = scope.spool.quarantine(scope.dataset, store_id)
     return _remark(
         scope,
         store_id,
         f"{_were(_rows_in(files))} set aside{alone} by earlier runs and not asked for again since ({_reasons(files)}): "
-        f"each is in {_folder(scope, store_id)} with its reason; mend the cause, and "
+        f"each is in {folder} with its reason; mend the cause, and "
         f"`marketsync sync {scope.plan_name} --refetch` asks for them again; or delete the files of what is not missed",
         kind="still_set_aside",
     )
@@ -71,10 +73,6 @@ def _not_asked_again(scope: Scope, store_id: str) -> Iterator[Path]:
             for piece in known.get(subject, ())
         ):
             yield file
-
-
-def _folder(scope: Scope, store_id: str) -> Path:
-    return scope.workspace.state / "quarantine" / scope.dataset / store_id
 
 
 def _were(rows: int) -> str:
