@@ -99,14 +99,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(int(ExitCode.DONE))
-    except Exception as error:  # noqa: BLE001 - whatever it is, a person is told in a line
+    except BaseException as error:  # noqa: BLE001 - whatever it is (polars' panics are no Exception), in a line
         message = _of_the_machine(error) or _unforeseen(error)
         sys.stderr.write(f"{message}\n")
         _failed_as_json([message])
         sys.exit(int(ExitCode.FAILED))
 
 
-def _of_the_machine(error: Exception) -> str | None:
+def _of_the_machine(error: BaseException) -> str | None:
     """Return what to tell of an error that is the disk's, the system's or the ledger's; None for one of ours."""
     import errno
 
@@ -129,7 +129,7 @@ def _of_the_machine(error: Exception) -> str | None:
     return f"{what}; check that the path is right, who owns it, and its permissions"
 
 
-def _unforeseen(error: Exception) -> str:
+def _unforeseen(error: BaseException) -> str:
     """Keep the details of an error that nobody foresaw, without secrets, and return what to tell of it."""
     import os
     import tempfile

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import command_here
 import pytest
 
 from marketsync.configuration import check_file, load_configuration, shipped_definitions
 
-ROOT = Path(__file__).parent.parent
-
 
 def marketsync(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cli.main", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": str(cwd)},
-        check=False,
-    )
+    return command_here.run(cwd, *map(str, arguments))
 
 
 @pytest.mark.parametrize("provider", ["alpaca", "tushare", "nasdaq_data_link"])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 
+import command_here
 import pytest
 
 from cli.main import build
@@ -113,17 +114,7 @@ class Place:
         return Workspace(self.config)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the command as a person does."""
-        close_workspaces()
-        return subprocess.run(
-            [sys.executable, "-m", "cli", *arguments],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(self.folder)},
-            check=False,
-        )
+        return command_here.run(self.folder, *arguments)
 
 
 @pytest.fixture

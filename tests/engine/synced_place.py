@@ -1,7 +1,7 @@
 """A place to run the real `marketsync` in: a replica, an upstream.yml that asks it, its stores, and what came of a run.
 
-Runs are processes of their own (those of `sync_here` excepted), so that a test never shares a lock, a cache or a
-mistake with the run that it looks at.
+Runs are processes of their own (those of `sync_here` and `typed` excepted), so that a test never shares a lock, a cache
+or a mistake with the run that it looks at.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import command_here
 import polars as pl
 import pytest
 
@@ -132,6 +133,15 @@ class Place:
         reports = sync(self.config, ["p"], options)
         close_workspaces()
         return Ended(int(exit_code(reports)), json.loads(as_json(reports)), "")
+
+    def typed(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run any command on this configuration, in this process."""
+        return command_here.run(self.folder, *arguments, "-c", str(self.config))
+
+    def sync_typed(self, *arguments: str) -> Ended:
+        """Run `marketsync sync p` in this process, with what a person types behind it."""
+        done = self.typed("sync", "p", "--local", "--json", *arguments)
+        return Ended(done.returncode, json.loads(done.stdout), done.stderr)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run any other command on this configuration."""

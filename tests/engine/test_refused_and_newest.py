@@ -19,7 +19,7 @@ def symbols_asked(log):
 def test_a_symbol_that_the_provider_refuses_is_found_and_costs_the_others_of_its_batch_nothing(place):
     here = place()
     here.write({**PLAN, "universe": ["AAPL", "FB", "IB$M", "GOOG", "IBM", "MSF#T", "MSFT"]})
-    run = here.sync()
+    run = here.sync_typed()
     assert (run.code, run.state) == (3, "completed_with_findings")
     assert here.bars().equals(here.source(FIVE, date(2010, 1, 1), date(2013, 3, 1)))
     work = run.report["work"]
@@ -35,29 +35,29 @@ def test_a_symbol_that_the_provider_refuses_is_found_and_costs_the_others_of_its
 def test_what_was_refused_stays_a_finding_is_not_asked_again_by_itself_and_is_when_told(place):
     here = place()
     here.write({**PLAN, "universe": ["AAPL", "IB$M"]})
-    here.sync()
+    here.sync_typed()
     before = here.requests
-    again = here.sync()
+    again = here.sync_typed()
     assert (again.code, again.sent, here.requests) == (3, 0, before)
     assert [one["kind"] for one in again.report["remarks"]] == ["still_dropped"]
     assert "invalid symbol: IB$M" in again.words
     assert "marketsync sync p --retry-failed" in [step["command"] for step in again.report["next_steps"]]
-    told = here.sync("--retry-failed")
+    told = here.sync_typed("--retry-failed")
     assert (told.code, symbols_asked(here.log[before:])) == (3, ["IB$M"])
 
     here.write({**PLAN, "universe": ["AAPL"]})
-    assert here.sync().code == 0
+    assert here.sync_typed().code == 0
 
 
 def test_only_those_refused_symbols_that_are_named_are_asked_again_then_or_later(place):
     here = place()
     here.write({**PLAN, "universe": ["AAPL", "IB$M", "MSF#T", "GO+OG"]})
-    assert here.sync().report["work"]["dropped"] == 3
+    assert here.sync_typed().report["work"]["dropped"] == 3
     before = here.requests
-    here.sync("--retry-failed", "--only", "IB$M", "--only", "MSF#T")
+    here.sync_typed("--retry-failed", "--only", "IB$M", "--only", "MSF#T")
     assert set(",".join(symbols_asked(here.log[before:])).split(",")) == {"IB$M", "MSF#T"}
     before = here.requests
-    assert (here.sync().sent, here.requests) == (0, before)
+    assert (here.sync_typed().sent, here.requests) == (0, before)
 
 
 def test_a_refusal_that_means_every_request_is_not_asked_for_each_symbol(place):
@@ -67,7 +67,7 @@ def test_a_refusal_that_means_every_request_is_not_asked_for_each_symbol(place):
         "{universe: $plan}", "{universe: $plan, batch: 100}"
     )  # fmt: skip
     here.write({**PLAN, "since": "2013-02-10", "universe": names}, definition=wrong)
-    run = here.sync()
+    run = here.sync_typed()
     assert run.code == 3
     assert 10 < run.sent < 30
     assert run.report["work"]["dropped"] > 0
@@ -82,7 +82,7 @@ def test_a_small_quota_is_spent_on_the_newest_before_the_history_is_touched(plac
         definition=definition,
         upstream=upstream,
     )
-    run = here.sync()
+    run = here.sync_typed()
     assert (run.code, run.state, run.sent) == (75, "waiting_for_quota", 6)
     # February has 19 sessions: four pages of five, asked one after the other; only then the oldest month is begun.
     assert [one["request"]["params"]["start"][:7] for one in here.log[:4]] == ["2013-02"] * 4
