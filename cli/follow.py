@@ -64,7 +64,8 @@ def follow(
             return
         finally:
             if batches.lost:
-                say(f"{many(batches.lost, 'batch')} of {dataset} lost: the server dropped them before they were read")
+                places = many(batches.lost, "place")
+                say(f"batches of {dataset} lost at {places}: the server dropped them before they were read")
 
 
 def _url(store: str, config: Path) -> str:

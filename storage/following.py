@@ -10,11 +10,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from marketsync.errors import ConfigurationError, StoreError
 from marketsync.schema import Schema
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 STARTS = ("all", "new")
 TAKEOVER_SECONDS = 30.0
@@ -55,7 +58,7 @@ class Followed:
     _arrived: Arrived = field(repr=False)
 
     def ack(self) -> None:
-        """Say that this batch is done with."""
+        """Say that this batch is done with; waits for a server that is away, as asking for the next one does."""
         self._following._acknowledge(self._arrived)
 
     def applied(self, rows: pl.DataFrame) -> pl.DataFrame:
@@ -94,7 +97,7 @@ class Following:
         idle_seconds: float | None,
         takeover_seconds: float,
     ):
-        self.lost = 0  # parts of batches that the server dropped before they were read here
+        self.lost = 0  # how often the server had dropped batches, or parts of one, before they were read here
         self._store, self._dataset, self._group = store, dataset, group
         self._system, self._idle_seconds, self._takeover = system, idle_seconds, takeover_seconds
         self._parts: dict[str, dict[str, messages.Message]] = {}  # by lane, those of the batch that is on its way
@@ -139,7 +142,12 @@ class Following:
             left = _LISTEN_SECONDS
             if self._idle_seconds is not None:
                 left = min(left, self._idle_seconds - (time.monotonic() - since))
-            arrived = self._next(max(0.0, left))
+            try:
+                arrived = self._asked(partial(self._cursor.next, max(0.0, left)))
+            except StoreError:
+                if self._ended.is_set():
+                    break
+                raise
             if arrived is None:
                 if left <= 0:
                     break
@@ -164,12 +172,12 @@ class Following:
             log.warning("%s", error)
         self._store.close()
 
-    def _next(self, seconds: float) -> Arrived | None:
-        """Ask for the next message, through a server's absence."""
+    def _asked(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask the server, through its absence."""
         gone_at: float | None = None
         while True:
             try:
-                return self._cursor.next(seconds)
+                return ask()
             except StoreError as error:
                 if gone_at is None:
                     gone_at = time.monotonic()
@@ -178,7 +186,7 @@ class Following:
                     raise
                 self._refuse_another()
                 if self._ended.wait(1.0):
-                    return None
+                    raise
 
     def _refuse_another(self) -> None:
         """Raise when the server is there and the log is not the one that was followed."""
@@ -193,19 +201,21 @@ class Following:
     def _whole(self, arrived: Arrived) -> Followed | None:
         """Return the batch that is whole with this message; else keep the part, or drop what is there already."""
         said = messages.envelope(arrived.message)
+        if arrived.gap:
+            self._lose(f"batches before {said.id} are lost here: the server has dropped them")
         if said.seq <= self._seen.get(said.lane, 0):
-            self._cursor.done(arrived)
+            self._done(arrived)
             return None
         if not said.last:
             if not said.previous:
                 self._parts[said.lane] = {}
             self._parts.setdefault(said.lane, {})[arrived.place] = arrived.message
-            self._cursor.done(arrived)
+            self._done(arrived)
             return None
         kept = self._parts.pop(said.lane, {})
         data = self._chain(arrived.message, said, kept)
         if data is None or (not said.rows and said.mode in tuple(Mode)):
-            self._cursor.done(arrived)
+            self._done(arrived)
             self._seen[said.lane] = said.seq
             return None
         schema = self._schema(said.schema)
@@ -221,23 +231,26 @@ class Following:
         """Return the rows of all parts up to the last one; None when the server has dropped some of them."""
         data, place = [last.data], said.previous
         while place:
-            message = kept.get(place) or self._cursor.fetch(place)
+            message = kept.get(place) or self._asked(partial(self._cursor.fetch, place))
             if message is None:
-                self.lost += 1
-                log.warning(
-                    "%s: the batch %s is lost here: the server has dropped a part of it (see max_age, max_bytes and "
-                    "max_messages of the store); a follower that needs it begins anew from a store with tables",
-                    self._dataset,
-                    said.id,
-                )
+                self._lose(f"the batch {said.id} is lost here: the server has dropped a part of it")
                 return None
             data.append(message.data)
             place = messages.envelope(message).previous
         return data[::-1]
 
+    def _lose(self, what: str) -> None:
+        self.lost += 1
+        log.warning(
+            "%s: %s (see max_age, max_bytes and max_messages of the store); a follower that needs them begins anew "
+            "from a store with tables",
+            self._dataset,
+            what,
+        )
+
     def _schema(self, hash: str) -> Schema:
         if hash not in self._schemas:
-            self._schemas = self._store.schemas(self._dataset)
+            self._schemas = self._asked(partial(self._store.schemas, self._dataset))
         if hash not in self._schemas:
             raise StoreError(f"{self._store.url} has a batch of {self._dataset} and not its schema {hash}")
         return self._schemas[hash]
@@ -247,10 +260,13 @@ class Following:
             out = self._out
         if out is None or out[0] is not arrived:
             return  # it was, already, or nobody remembers what this follower has
-        self._cursor.done(arrived)
+        self._done(arrived)
         with self._lock:
             self._out = None
         self._seen[out[1].lane] = out[1].seq
+
+    def _done(self, arrived: Arrived) -> None:
+        self._asked(partial(self._cursor.done, arrived))
 
     def _hold(self) -> None:
         """While a batch is being worked on, tell the server, so that nobody else of the group is given it."""

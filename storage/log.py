@@ -65,11 +65,13 @@ class Described:
 
 @dataclass(frozen=True)
 class Arrived:
-    """One message as a follower gets it: where it is in the log, and what acknowledges it."""
+    """One message as a follower gets it: where it is in the log, and what acknowledges it. `gap`: the server has
+    dropped some that came before it and were not given to this follower, or its group."""
 
     place: str
     receipt: str
     message: Message
+    gap: bool = False
 
 
 class Cursor(Protocol):
@@ -307,6 +309,19 @@ class LogStore:
             f"the store {self.name} is a log of batches and cannot {what}: it is followed (`marketsync follow "
             f"{self.name} DATASET`, or `from marketsync import follow`); ask a store of the plan that has tables"
         )
+
+
+def refuse_beyond(said: Mapping[str, Any], dataset: str, parts: list[Message]) -> None:
+    """Raise `StoreError` for a batch that the limits in the URL would cut as it is published."""
+    if not {"max_messages", "max_bytes"} & said.keys():
+        return
+    size = sum(len(part.data) for part in parts)
+    for option, needed in (("max_messages", len(parts)), ("max_bytes", size)):
+        if needed > said.get(option, needed):
+            raise StoreError(
+                f"a batch of {dataset} is {len(parts)} messages, {size:,} bytes together, and {option}={said[option]} "
+                "in the URL has no room for it, so that nobody would ever be given it; raise that"
+            )
 
 
 def options(name: str, scheme: str, query: str, known: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Envelope:
 
 
 def headers(envelope: Envelope, parts: int) -> list[dict[str, str]]:
-    """Return the texts of each part, but for `before` and `previous`, which are known when it is published.
+    """Return the texts of each part, but for those that are known when it is published: `before`, `previous`, and
+    `after`, where the dataset's last message was then, of whatever lane. Who was not given that one has lost it.
 
     They are ASCII: a lane is written as in a URL.
     """

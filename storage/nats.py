@@ -65,10 +65,12 @@ _OPTIONS = {
 
 @dataclass
 class _Tail:
-    """Where a lane ends, as far as this process knows: the place of its last message, and its last whole batch."""
+    """Where a lane ends, as far as this process knows: the place of its last message, and its last whole batch; and
+    the place of the dataset's last message."""
 
     place: int
     committed: int
+    latest: int
 
 
 def _no_end_of_tls(record: logging.LogRecord) -> bool:
@@ -218,26 +220,31 @@ class NatsJournal:
 
     def committed(self, dataset: str, lane: str) -> int:
         with self._lock:
-            tail = self.run(self._tail(self._subject(dataset, lane)), f"reading the lanes of {dataset}")
+            tail = self.run(self._tail(dataset, lane), f"reading the lanes of {dataset}")
             self._tails[dataset, lane] = tail
             return tail.committed
 
-    async def _tail(self, subject: str) -> _Tail:
-        last = await self._last(self.stream, subject)
+    async def _tail(self, dataset: str, lane: str) -> _Tail:
+        subject = self._subject(dataset, lane)
+        last = await self._last(self.stream, self.subjects(dataset))
+        latest = 0 if last is None else int(last.seq or 0)
+        if last is not None and last.subject != subject:
+            last = await self._last(self.stream, subject)
         if last is None:
-            return _Tail(0, 0)
+            return _Tail(0, 0, latest)
         said = messages.envelope(Message(last.headers or {}, b""))
-        return _Tail(int(last.seq or 0), said.seq if said.last else said.before)
+        return _Tail(int(last.seq or 0), said.seq if said.last else said.before, latest)
 
     def publish(self, dataset: str, lane: str, seq: int, parts: list[Message]) -> bool:
+        log.refuse_beyond(self.said, dataset, parts)
         with self._lock:
             tail = self._tails.pop((dataset, lane), None)
             if tail is None:
-                tail = self.run(self._tail(self._subject(dataset, lane)), f"reading the lanes of {dataset}")
+                tail = self.run(self._tail(dataset, lane), f"reading the lanes of {dataset}")
             if tail.committed >= seq:
                 return False
             place = self.run(self._publish(dataset, lane, tail, parts), f"publishing to {dataset}")
-            self._tails[dataset, lane] = _Tail(place, seq)
+            self._tails[dataset, lane] = _Tail(place, seq, place)
             return True
 
     async def _publish(self, dataset: str, lane: str, tail: _Tail, parts: list[Message]) -> int:
@@ -250,6 +257,7 @@ class NatsJournal:
                 **part.headers,
                 "before": str(tail.committed),
                 "previous": previous,
+                "after": str(tail.latest),
                 _EXPECTED: str(place),
                 "Nats-Msg-Id": f"{token}.{part.headers['part']}",
             }
@@ -489,9 +497,19 @@ class NatsCursor:
             if status in ("404", "408"):
                 return None
             raise APIError.from_msg(found)
-        place = found.metadata.sequence.stream
+        heads, place = found.headers or {}, found.metadata.sequence.stream
+        gap = await self._gap(int(heads.get("after", 0)))
         self._after = place
-        return Arrived(str(place), found.reply, Message(found.headers or {}, found.data))
+        return Arrived(str(place), found.reply, Message(heads, found.data), gap)
+
+    async def _gap(self, after: int) -> bool:
+        """Tell whether the message at this place, which came before, was not given to this follower, or its group."""
+        if after <= self._after:
+            return False
+        if self.group is None:
+            return self._after > 0
+        known = (await self.journal.jet.consumer_info(self.journal.stream, self._consumer)).ack_floor
+        return known is not None and known.consumer_seq > 0 and after > known.stream_seq
 
     async def _subscribed(self) -> str:
         from nats.js.errors import NotFoundError
@@ -502,6 +520,11 @@ class NatsCursor:
         name = f"{self.group}-{self.dataset.replace('.', '-')}"
         try:
             config = (await jet.consumer_info(stream, name)).config
+            if config.filter_subject != self.journal.subjects(self.dataset):
+                raise ConfigurationError(
+                    f"NATS {self.journal.url}: the consumer {name} follows {config.filter_subject}, and would be that "
+                    f"of the group {self.group} and {self.dataset} as well: give the group another name"
+                )
             config.ack_wait = self.takeover_seconds
         except NotFoundError:
             config = self._config(name)

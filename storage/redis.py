@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -46,27 +46,34 @@ _OPTIONS = {
     "verify": log.switch_of,
 }
 
-# stream, lanes, about; lane, seq, MAXLEN or MINID or '', its value, how many parts; for each: how many texts, the texts
+# stream, lanes, about; lane, seq, MAXLEN or MINID or '', entries or milliseconds, how many parts; for each: how many
+# texts, the texts. Ages are counted by the server's clock, as the entries are.
 _PUBLISH = """
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[3]) == 0 then return {'gone'} end
 local before = redis.call('HGET', KEYS[2], ARGV[1]) or '0'
 if tonumber(before) >= tonumber(ARGV[2]) then return {'already'} end
-local at, previous = 6, ''
+local most = ARGV[4]
+if ARGV[3] == 'MINID' then
+  local now = redis.call('TIME')
+  most = string.format('%.0f', math.max(0, now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[4]))
+end
+local at, previous, after = 6, '', redis.call('HGET', KEYS[3], 'last') or ''
 for part = 1, tonumber(ARGV[5]) do
   local call = {'XADD', KEYS[1]}
   if ARGV[3] ~= '' then
     call[#call + 1] = ARGV[3]
     call[#call + 1] = '~'
-    call[#call + 1] = ARGV[4]
+    call[#call + 1] = most
   end
   call[#call + 1] = '*'
   local count = tonumber(ARGV[at])
   for field = at + 1, at + count do call[#call + 1] = ARGV[field] end
   at = at + count + 1
-  for _, said in ipairs({'before', before, 'previous', previous}) do call[#call + 1] = said end
+  for _, said in ipairs({'before', before, 'previous', previous, 'after', after}) do call[#call + 1] = said end
   previous = redis.call(unpack(call))
 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[3], 'last', previous)
 return {'done', previous}
 """
 
@@ -99,13 +106,19 @@ if #out > 0 then
   local id, owner, idle = out[1][1], out[1][2], out[1][3]
   if owner ~= ARGV[2] and idle < tonumber(ARGV[3]) then return {'wait'} end
   local taken = redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id)
-  if taken[1] then return {'one', taken[1][1], taken[1][2]} end
+  if taken[1] then return {'one', taken[1][1], taken[1][2], ''} end
   redis.call('XACK', KEYS[1], ARGV[1], id)
   return {'again'}
 end
+local before = ''
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local said = {}
+  for field = 1, #group, 2 do said[group[field]] = group[field + 1] end
+  if said['name'] == ARGV[1] then before = said['last-delivered-id'] end
+end
 local read = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', 1, 'STREAMS', KEYS[1], '>')
 if not read then return {'none'} end
-return {'one', read[1][2][1][1], read[1][2][1][2]}
+return {'one', read[1][2][1][1], read[1][2][1][2], before}
 """
 
 
@@ -118,7 +131,7 @@ class RedisJournal:
     said: dict[str, Any]
     _client: redis.Redis | None = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _durable: bool = False
+    _keeps: bool = False  # the server was looked at, and does
     _settled: dict[tuple[str, str], int] = field(default_factory=dict)  # the seq of each lane that is on the disk
     _closed: bool = False
 
@@ -126,6 +139,10 @@ class RedisJournal:
     def most(self) -> int:
         """The bytes that the rows of a message may have."""
         return self.said.get("max_payload", _PAYLOAD)
+
+    @property
+    def _durable(self) -> bool:
+        return self.said.get("durable", True)
 
     # descriptions
 
@@ -159,6 +176,7 @@ class RedisJournal:
         return int(found or 0)
 
     def publish(self, dataset: str, lane: str, seq: int, parts: list[Message]) -> bool:
+        log.refuse_beyond(self.said, dataset, parts)
         self._refuse_forgetful()
         given: list[Any] = [lane, seq, *self._cut(), len(parts)]
         for part in parts:
@@ -177,7 +195,7 @@ class RedisJournal:
         if "max_messages" in self.said:
             return "MAXLEN", str(self.said["max_messages"])
         if "max_age" in self.said:
-            return "MINID", str(int((time.time() - self.said["max_age"]) * 1000))
+            return "MINID", str(int(self.said["max_age"] * 1000))
         return "", ""
 
     def _durably(self, client: redis.Redis, script: str, dataset: str, given: list[Any]) -> Any:
@@ -200,17 +218,23 @@ class RedisJournal:
         return did
 
     def _refuse_forgetful(self) -> None:
-        """Refuse a server that would forget on its way down what it has acknowledged."""
-        if self._durable or not self.said.get("durable", True):
+        """Refuse a server that would forget what it has acknowledged: on its way down, or when its memory is full."""
+        if self._keeps:
             return
         with self.asked("asking whether it keeps what it is given") as client:
-            keeps = bool(client.info("persistence").get("aof_enabled"))  # pyright: ignore[reportAttributeAccessIssue]
-        if not keeps:
+            said: Any = {**client.info("persistence"), **client.info("memory")}  # pyright: ignore[reportGeneralTypeIssues]
+        if self._durable and not said.get("aof_enabled"):
             raise StoreError(
                 f"Redis {self.url} keeps its data in memory alone or in snapshots, and would forget batches that it "
                 "has acknowledged: turn its append-only file on (appendonly yes), or accept that with ?durable=false"
             )
-        self._durable = True
+        policy = str(said.get("maxmemory_policy", ""))
+        if int(said.get("maxmemory", 0)) and policy.startswith("allkeys"):
+            raise StoreError(
+                f"Redis {self.url} is a cache: when its memory is full it drops whole logs, with batches that it has "
+                f"acknowledged (maxmemory-policy {policy}): set that to noeviction, or use another server"
+            )
+        self._keeps = True
 
     # the rest
 
@@ -287,6 +311,8 @@ class RedisCursor:
     takeover_seconds: float
     _member: str = field(default_factory=lambda: uuid.uuid4().hex)
     _after: str = ""
+    _given: bool = False  # whether anything was, to this follower or its group
+    _dropped: bool = False  # a message that a member of the group had not acknowledged
     _joined: bool = False
 
     def next(self, seconds: float) -> Arrived | None:
@@ -309,11 +335,13 @@ class RedisCursor:
             wait = int(self.takeover_seconds * 1000)
             said: Any = client.eval(_NEXT, 1, stream, self.group or "", self._member, str(wait))
             if said[0] == b"one":
-                return _arrived(said[1], dict(zip(said[2][::2], said[2][1::2], strict=True)))
+                found = _arrived(said[1], dict(zip(said[2][::2], said[2][1::2], strict=True)))
+                return self._after_gap(found, said[3].decode())
             if said[0] == b"wait":
                 time.sleep(min(_LOOK_SECONDS, self.takeover_seconds) / 5)
             if said[0] != b"again":
                 return None
+            self._dropped = True
 
     def _join(self, client: redis.Redis, stream: str) -> None:
         import redis
@@ -323,12 +351,22 @@ class RedisCursor:
         except redis.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
+            self._given = True
         self._joined = True
+
+    def _after_gap(self, found: Arrived, before: str) -> Arrived:
+        """Tell by the place of what was given before whether anything between is gone."""
+        after = found.message.headers.get("after", "")
+        known = self._given and before not in ("", "0-0")
+        gap = self._dropped or (known and bool(after) and _order(after) > _order(before))
+        self._given, self._dropped = True, False
+        return replace(found, gap=gap)
 
     def _begin(self, client: redis.Redis, stream: str) -> str:
         """Return the id after which the first message is wanted."""
         if isinstance(self.start, datetime):
-            return f"{int(self.start.timestamp() * 1000) - 1}-18446744073709551615"
+            since = int(self.start.timestamp() * 1000)
+            return f"{since - 1}-18446744073709551615" if since > 0 else "0-0"
         if self.start != "new":
             return "0-0"
         said: Any = client.xinfo_stream(stream)
@@ -342,8 +380,9 @@ class RedisCursor:
         if not said:
             return None
         ((place, fields),) = said[0][1]
-        self._after = place.decode()
-        return _arrived(place, fields)
+        found = self._after_gap(_arrived(place, fields), self._after)
+        self._after = found.place
+        return found
 
     def _listen(self, client: redis.Redis, seconds: float) -> None:
         """Return when something is published, or the time is over."""
@@ -415,6 +454,11 @@ def _arrived(place: bytes, fields: dict[bytes, bytes]) -> Arrived:
     return Arrived(at, at, Message(heads, fields[_DATA.encode()]))
 
 
+def _order(place: str) -> tuple[int, ...]:
+    """Return a place as what it is sorted by."""
+    return tuple(map(int, place.split("-")))
+
+
 def _escaped(text: str) -> str:
     return "".join(f"\\{each}" if each in "*?[]\\^-" else each for each in text)
 
@@ -429,6 +473,8 @@ def _why(error: Exception) -> str:
         return f"{said}; see ca_cert, client_cert and verify in the URL"
     if isinstance(error, redis.exceptions.OutOfMemoryError):
         return f"{said}; give the server more memory, or cut the streams with max_messages or max_age in the URL"
+    if isinstance(error, redis.exceptions.MovedError) or "cluster mode" in said:
+        return f"{said}; it is one of a cluster, which MarketSync cannot use: name a server of its own"
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return f"{said}; is the server up, and does the URL name its host, port and user?"
     return said

@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from followed_logs import batches
-from private_nats import PrivateServer, private_nats
+from private_nats import PrivateServer, free_port, private_nats
 from private_redis import private_redis
 from private_tls import made_certificates, tls_front
 from redis import Redis
 from stored_frames import BARS, bars, batch
 
-from marketsync.errors import StoreError
+from marketsync.errors import ConfigurationError, StoreError
 from storage.following import follow
 from storage.log import LogStore
 from storage.protocol import Filter
@@ -83,6 +84,46 @@ def test_a_killed_server_comes_back_with_all_that_it_acknowledged_and_is_followe
     store.close()
 
 
+@pytest.mark.parametrize("engine", ["nats", "redis"])
+def test_a_follower_waits_for_its_server_whatever_it_asks_of_it(
+    engine: str, started: Started, monkeypatch: pytest.MonkeyPatch
+):
+    def away_once(cursor: object, what: str) -> None:
+        ask, left = getattr(cursor, what), [what]
+
+        def asked(*given: object) -> object:
+            if left:
+                raise StoreError(f"the server is away as {left.pop()} is asked for")
+            return ask(*given)
+
+        monkeypatch.setattr(cursor, what, asked)
+
+    url, _ = started(engine)
+    url += "?compression=none&max_payload=8KB"
+    store = log_at(url)
+    publish(store, 1, 1)
+    store.write(batch("made.bars", bars(rows=300), 2))
+    with follow(url, "made.bars", group="g") as following:
+        first = next(following)
+        away_once(following._cursor, "done")
+        first.ack()
+        away_once(following._cursor, "done")
+        away_once(following._cursor, "fetch")
+        monkeypatch.setattr(following, "_parts", Forgotten())
+        second = next(following)
+        second.ack()
+        assert (first.id, second.id, second.frame.height) == ("lane:1", "lane:2", 600)
+    assert ids(url, group="g") == []
+    store.close()
+
+
+class Forgotten(dict):
+    """Parts that another member of the group was given."""
+
+    def pop(self, *_: object) -> dict:
+        return {}
+
+
 def test_what_a_publisher_left_behind_belongs_to_no_batch(started: Started):
     class Dies(list):
         def __iter__(self):
@@ -124,14 +165,124 @@ def test_a_limit_drops_the_oldest_and_no_lane_is_published_again(engine: str, li
 
 def test_a_batch_of_which_the_server_dropped_a_part_is_told_as_lost(started: Started, caplog):
     url, _ = started("nats")
-    store = log_at(f"{url}?compression=none&max_payload=8KB&max_messages=4")
+    store = log_at(f"{url}?compression=none&max_payload=8KB&max_messages=40")
     publish(store, 1, 1)
     store.write(batch("made.bars", bars(rows=600), 2))
-    publish(store, 3, 3)
+    publish(store, 3, 7)
     with follow(url, "made.bars", idle_seconds=0) as following:
-        assert [each.id for each in following] == ["lane:3"]
+        assert [each.id for each in following] == [f"lane:{seq}" for seq in range(3, 8)]
         assert following.lost == 1
     assert "lane:2 is lost" in caplog.text
+    store.close()
+
+
+SHORT = {"nats": (), "redis": ("--stream-node-max-entries", "1")}  # a redis cuts whole nodes of its streams
+
+
+@pytest.mark.parametrize("engine", ["nats", "redis"])
+def test_a_follower_that_was_too_slow_is_told_that_whole_batches_are_gone(engine: str, started: Started, caplog):
+    url, _ = started(engine, *SHORT[engine])
+    store = log_at(f"{url}?max_messages=4")
+    publish(store, 1, 6)
+    assert ids(url) == ids(url, group="late") == [f"lane:{seq}" for seq in range(3, 7)]
+    assert caplog.text == "", "what was gone before they came is not lost to them"
+    for group, first in ((None, 7), ("g", 17)):
+        with follow(url, "made.bars", group=group, idle_seconds=0) as following:
+            for last, lost in ((first - 1, 0), (first + 1, 0), (first + 8, 1)):
+                publish(store, 1, last)
+                found = [each.id for each in following if each.ack() is None]
+                assert (found[-1], following.lost) == (f"lane:{last}", lost)
+        publish(store, 1, 16)
+    other = log_at(f"{url}?max_messages=4")
+    for seq in range(1, 6):
+        other.write(batch("made.bars", bars(first=seq * 100, rows=3), seq, lane="another"))
+    with follow(url, "made.bars", group="g", idle_seconds=0) as following:
+        found = next(following)
+        assert (found.id, following.lost) == ("another:2", 1)
+        found.ack()
+    assert "made.bars: batches before another:2 are lost here" in caplog.text
+    caplog.clear()
+    for lane, seq in (("lane", 26), ("another", 6), ("third", 1)):  # whichever lane comes
+        other.write(batch("made.bars", bars(rows=3), seq, lane=lane))
+        ids(url, group="g")
+    assert caplog.text == ""
+    for each in (store, other):
+        each.close()
+
+
+@pytest.mark.parametrize("engine", ["nats", "redis"])
+def test_a_batch_that_the_limits_would_cut_as_it_is_published_is_refused(engine: str, started: Started):
+    url, _ = started(engine)
+    limits = ["max_messages=3"] if engine == "redis" else ["max_messages=3", "max_bytes=20KB"]
+    for limit in limits:
+        store = log_at(f"{url}?compression=none&max_payload=8KB&{limit}")
+        publish(store, 1, 1)
+        with pytest.raises(StoreError, match=rf"{limit.partition('=')[0]}=\d+ in the URL has no room for it"):
+            store.write(batch("made.bars", bars(rows=600), 2))
+        assert store.committed("made.bars", "lane") == 1
+        assert ids(url) == ["lane:1"]
+        store.close()
+
+
+def test_a_redis_cuts_by_age_as_its_own_clock_has_it(started: Started, monkeypatch: pytest.MonkeyPatch):
+    url, _ = started("redis", *SHORT["redis"])
+    store = log_at(f"{url}?max_age=1h")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    publish(store, 1, 3)
+    assert len(ids(url)) == 3
+    store.close()
+    short = log_at(f"{url}?max_age=1s")
+    time.sleep(1.1)
+    publish(short, 4, 4)
+    assert ids(url) == ["lane:4"]
+    short.close()
+
+
+def test_a_redis_that_drops_keys_when_its_memory_is_full_is_refused(started: Started):
+    url, _ = started("redis", "--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
+    for more in ("", "?durable=false"):
+        store = log_at(url + more)
+        with pytest.raises(StoreError, match=r"is a cache: .*maxmemory-policy allkeys-lru\): set that to noeviction"):
+            store.ensure("made.bars", BARS)
+        store.close()
+    url, _ = started("redis", "--maxmemory", "50mb", "--maxmemory-policy", "volatile-lru")
+    store = log_at(url)
+    publish(store, 1, 1)
+    store.close()
+
+
+@pytest.mark.slow
+def test_a_redis_that_is_one_of_a_cluster_is_told_with_what_to_do(started: Started):
+    urls, buses = [], [free_port(), free_port()]
+    for bus in buses:
+        urls.append(started("redis", "--cluster-enabled", "yes", "--cluster-port", str(bus))[0])
+    with Redis.from_url(urls[0]) as one, Redis.from_url(urls[1]) as other:
+        other.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")
+        one.execute_command(f"CLUSTER MEET 127.0.0.1 {urlsplit(urls[1]).port} {buses[1]}")
+        until = time.monotonic() + 20
+        said = b""
+        while b"cluster_state:ok" not in said and time.monotonic() < until:
+            time.sleep(0.05)
+            said = bytes(one.execute_command("CLUSTER", "INFO") or b"")
+    store = log_at(urls[0])
+    with pytest.raises(StoreError, match="one of a cluster, which MarketSync cannot use"):
+        store.marker("made.bars")
+    store.close()
+
+
+def test_two_datasets_whose_consumers_would_have_one_name_are_not_mixed_up(started: Started):
+    url, _ = started("nats")
+    store = log_at(url)
+    for dataset in ("made.bars-old", "made-bars.old"):
+        store.ensure(dataset, BARS)
+        store.write(batch(dataset, bars(rows=2), 1, lane=dataset))
+    (found,) = batches(url, "made.bars-old", group="g")
+    assert found.id == "made.bars-old:1"
+    with pytest.raises(ConfigurationError, match=r"follows MARKET\.made\.bars-old\..*give the group another name"):
+        list(batches(url, "made-bars.old", group="g"))
+    (found,) = batches(url, "made-bars.old", group="other")
+    assert found.id == "made-bars.old:1"
     store.close()
 
 

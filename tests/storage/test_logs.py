@@ -324,6 +324,7 @@ def test_a_follower_begins_where_it_is_told_to(engine: LogPlace, log: LogStore, 
     assert ids(engine.url, dataset, start=now, group="g") == ["lane:3"]
     assert len(ids(engine.url, dataset, start=date(2001, 2, 3))) == 3
     assert len(ids(engine.url, dataset, start="2001-02-03")) == 3
+    assert len(ids(engine.url, dataset, start="1970-01-01")) == len(ids(engine.url, dataset, start="0001-01-01")) == 3
     for group in (None, "new"):
         with follow(engine.url, dataset, start="new", group=group, idle_seconds=20) as following:
             waiting = threading.Timer(0.3, lambda seq=4 if group is None else 5: log.write(batch(dataset, bars(), seq)))
