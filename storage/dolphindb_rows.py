@@ -40,6 +40,9 @@ _SYSTEM = {SEGMENT_COLUMN: "segment_", INGESTED_COLUMN: "ingested_at_"}
 _FILLER = "row_"  # always 0: the last column that a table is sorted by must be a number or a time
 _LONGEST_TEXT = 65_535  # bytes; the engine cuts a longer one
 _FIRST, _LAST = date(1677, 9, 22), date(2262, 4, 10)  # whole days that 64 bits of nanoseconds reach
+# Times outside of these years are in one partition before and one after: a question that no condition confines counts
+# every partition that there could be, and the server answers none about more than 65,536 (maxPartitionNumPerQuery).
+_CUT_FROM, _CUT_TO = 1970, 2100
 _MONTHS = {Period.YEAR: 12, Period.MONTH: 1, Period.DAY: 1, Period.NONE: 1}
 _BUCKETS = {Period.YEAR: 4, Period.MONTH: 8, Period.DAY: 32, Period.NONE: 4}
 _INSTANTS = (ColumnType.DATETIME, ColumnType.DATETIME_NS)
@@ -103,9 +106,9 @@ def _levels(schema: Schema) -> tuple[list[tuple[str, str]], list[str]]:
         cut = schema.key[0]
     if cut is not None:
         step = _MONTHS[schema.period]
-        # as many as 64 bits of nanoseconds reach; a partition is made when it gets its first row
-        months = 12 * (_LAST.year + 1 - _FIRST.year) // step
-        levels.append(("RANGE", f"{_FIRST.year}.01M + {step} * (0..{months})"))
+        # a partition is made when it gets its first row
+        cuts = f"{_CUT_FROM}.01M + {step} * (0..{12 * (_CUT_TO - _CUT_FROM) // step})"
+        levels.append(("RANGE", f"({_FIRST.year}.01M join ({cuts})) join {_LAST.year + 1}.01M"))
         by.append(cut)
     hashed = schema.subject if schema.subject in schema.key else next((name for name in plain if name != cut), None)
     if hashed is not None:
@@ -115,9 +118,10 @@ def _levels(schema: Schema) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _sorted(schema: Schema) -> list[str]:
-    """Return the key in the order that the engine can sort by: a time last, or else a number, or else the filler."""
+    """Return the key in the order that the engine can sort by: a time last, or else a number, or else the filler. A
+    column alone may be anything but a time of day."""
     if len(schema.key) == 1:
-        return list(schema.key)
+        return [_FILLER, *schema.key] if schema[schema.key[0]].type in _INSTANTS else list(schema.key)
 
     def rank(name: str) -> int:
         type_ = schema[name].type

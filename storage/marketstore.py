@@ -6,9 +6,9 @@ nanoseconds, are ticks at 1Sec, where they keep their nanosecond. What the engin
 before anything is sent (`marketstore_rows.py`). Marker, schema, lanes and the hours that have rows are in three buckets
 of ours (`marketstore_notes.py`).
 
-There are no transactions: hours are noted, then rows go in, then the lane. Bars that are sent again overwrite
-themselves. Ticks would be appended once more: so what is there is read back first, only what is missing is sent, and it
-is read again afterwards. The server removes no rows, only whole buckets: with `?rewrite=true` a bucket from which rows
+There are no transactions: hours are noted, then rows go in and are read back, then the lane. Bars that are sent again
+overwrite themselves. Ticks would be appended once more: so what is there is read first, and only what is missing is
+sent. The server removes no rows, only whole buckets: with `?rewrite=true` a bucket from which rows
 have to go is copied aside, checked, removed and written again; without it that is refused.
 """
 
@@ -313,19 +313,21 @@ class MarketStore:
         """Put in what is new or differs."""
         if frame.is_empty():
             return Written()
-        if mode is Mode.APPEND and not table.layout.ticks:
-            self._send(table, frame)
-            return Written(inserted=frame.height)
-        split = classify.split(frame, self._beside(table, frame), table.schema)
-        if split.changed.height and table.layout.ticks:
+        # bars that are appended overwrite themselves, and need not be looked for
+        there = self._beside(table, frame if mode is Mode.UPSERT or table.layout.ticks else frame.clear())
+        split = classify.split(frame, there, table.schema)
+        if not table.layout.ticks:
+            self._send(table, split.put)
+            self._check_bars(table, split.put, there)
+            return split.written()
+        if split.changed.height:
             # a tick is never overwritten: the old one has to go
             self._refuse_removal(table, split.changed)
             self._send(table, split.new)
             self._remove(table, split.changed, split.changed)
         else:
             self._send(table, split.put)
-        if table.layout.ticks:
-            self._check(table, frame)
+        self._check_ticks(table, frame)
         return split.written()
 
     def _beside(self, table: _Table, frame: pl.DataFrame) -> pl.DataFrame:
@@ -340,14 +342,26 @@ class MarketStore:
             found += self._frames(table, there, *_around(spans.values()), names, spans=spans)
         return pl.concat(found)
 
-    def _check(self, table: _Table, frame: pl.DataFrame) -> None:
+    def _check_bars(self, table: _Table, sent: pl.DataFrame, before: pl.DataFrame) -> None:
+        """Raise `StoreError` for bars that are not there, or still as they were `before`: the server acknowledges as
+        well what it could not write to its disk. What is there and neither is of another writer, who came after."""
+        now = self._beside(table, sent)
+        split = classify.split(sent, now, table.schema)
+        old = before.join(split.changed, on=list(table.schema.key), how="semi")
+        if lost := split.new.height + classify.split(old, now, table.schema).equal:
+            raise StoreError(
+                f"{lost} of {sent.height} bars of {table.dataset} are not in {self.url}, though it took them: is its "
+                "disk full (see its log)? They stay owed"
+            )
+
+    def _check_ticks(self, table: _Table, frame: pl.DataFrame) -> None:
         """Raise `StoreError` unless each tick of the frame is there once."""
         split = classify.split(frame, self._beside(table, frame), table.schema)
         if split.equal != frame.height:
             raise StoreError(
-                f"{split.new.height + split.changed.height} of {frame.height} ticks of {table.dataset} are not in "
-                f"{self.url} once, as they were sent: is another process writing the same rows? They stay owed; with "
-                "?rewrite=true in the store's URL the next delivery puts such a bucket right"
+                f"{split.put.height} of {frame.height} ticks of {table.dataset} are not in {self.url} once, as they "
+                "were sent: is its disk full (see its log), or another process writing the same rows? They stay owed; "
+                "with ?rewrite=true in the store's URL the next delivery puts such a bucket right"
             )
 
     def _parts(self, table: _Table, frame: pl.DataFrame) -> dict[str, pl.DataFrame]:

@@ -47,8 +47,8 @@ _SYSTEM = {LANE_COLUMN: "i8", SEQ_COLUMN: "i8", INGESTED_COLUMN: "i8"}
 _LONGEST_NAME = 31  # bytes: the file's header cuts the rest off without a word
 _MOST_COLUMNS = 1000
 _EVERY = "_all"  # the symbol of rows without a subject
-# of up to 64 characters; polars and Python both have to read it
-SYMBOL = r"\.?[A-Za-z0-9_^=+&@$#~!-](?:[A-Za-z0-9_.^=+&@$#~! -]{0,61}[A-Za-z0-9_.^=+&@$#~!-])?"
+# of up to 64 characters (65 with a dot in front are too long for a key); polars and Python both have to read it
+SYMBOL = r"\.?[A-Za-z0-9_^=+&@$#~!-](?:[A-Za-z0-9_.^=+&@$#~! -]{0,62}[A-Za-z0-9_.^=+&@$#~!-])?"
 _LAST_STORED_NANOSECOND = 999_999_995  # from here on to the end of a second a tick comes back a second later
 _LAST_SECOND = 9_214_646_400  # 2262-01-01: the engine counts nanoseconds in 64 bits
 

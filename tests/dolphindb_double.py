@@ -57,6 +57,7 @@ _CREATION = re.compile(
     r"partitionColumns=\[(?P<by>[^\]]+)\], sortColumns=\[(?P<sort>[^\]]+)\], keepDuplicates=LAST, softDelete=true\)\n"
     r"setTableComment\(marketsync_made, (?P<comment>\w+)\)"
 )
+_MOST_PARTITIONS = 65_536
 _NAME = re.compile(r"[A-Za-z]\w*")
 _INSTANT = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)(?:T(\d\d:\d\d:\d\d)\.(\d{9}))?")
 
@@ -253,24 +254,47 @@ def _levels(meta: dict[str, Any]) -> list[tuple[str, str]]:
     return re.findall(r'database\("", (\w+), (.+?)\)(?=, database|$)', compound[1])
 
 
-def _months(scheme: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"(\d{4})\.01M \+ (\d+) \* \(0\.\.(\d+)\)", scheme)
+def _cuts(scheme: str) -> list[int]:
+    """Return the months, counted from the year 0, between which the partitions are."""
+    found = re.fullmatch(r"\((\d+)\.01M join \((\d+)\.01M \+ (\d+) \* \(0\.\.(\d+)\)\)\) join (\d+)\.01M", scheme)
     assert found is not None, scheme
-    return int(found[1]), int(found[2]), int(found[3])
+    first, begin, step, count, last = map(int, found.groups())
+    cuts = [12 * first, *(12 * begin + step * number for number in range(count + 1)), 12 * last]
+    assert cuts == sorted(set(cuts)), scheme
+    return cuts
 
 
 def _bucket(column: str, scheme: str) -> pl.Expr:
-    first, step, _ = _months(scheme)
-    month = (pl.col(column).dt.year() - first) * 12 + pl.col(column).dt.month().cast(pl.Int32) - 1
-    return month // step
+    month = pl.col(column).dt.year() * 12 + pl.col(column).dt.month().cast(pl.Int32) - 1
+    return month.map_batches(
+        lambda months: pl.Series(np.searchsorted(_cuts(scheme), months.to_numpy(), side="right") - 1), pl.Int64
+    )
 
 
 def _inside(meta: dict[str, Any]) -> pl.Expr:
     inside = pl.lit(True)
     for (kind, scheme), column in zip(_levels(meta), meta["by"], strict=True):
         if kind == "RANGE":
-            inside = inside & _bucket(column, scheme).is_between(0, _months(scheme)[2] - 1)
+            inside = inside & _bucket(column, scheme).is_between(0, len(_cuts(scheme)) - 2)
     return inside
+
+
+def _refuse_many(meta: dict[str, Any], where: str | None) -> None:
+    """Refuse what concerns more partitions than a question may, whether or not there are rows in them."""
+    count = 1
+    for (kind, scheme), column in zip(_levels(meta), meta["by"], strict=True):
+        if not re.search(rf"\b{column} ", where or ""):
+            count *= len(_cuts(scheme)) - 1 if kind == "RANGE" else _buckets(scheme)
+    if count > _MOST_PARTITIONS:
+        raise RuntimeError(
+            f"<Exception> in run: The number of partitions [{count}] relevant to the query is too large. Please add "
+            "more specific filtering conditions on partition columns in WHERE clause, or consider changing the value "
+            "of the configuration parameter maxPartitionNumPerQuery. RefId:S02039"
+        )
+
+
+def _buckets(scheme: str) -> int:
+    return int(scheme.rstrip("]").split(", ")[1])
 
 
 def _partition(meta: dict[str, Any]) -> pl.Expr:
@@ -280,7 +304,7 @@ def _partition(meta: dict[str, Any]) -> pl.Expr:
             parts.append(_bucket(column, scheme).cast(pl.String))
         else:
             assert kind == "HASH"
-            parts.append((pl.col(column).hash() % int(scheme.rstrip("]").split(", ")[1])).cast(pl.String))
+            parts.append((pl.col(column).hash() % _buckets(scheme)).cast(pl.String))
     return pl.concat_str(parts, separator="/").alias("__partition")
 
 
@@ -301,7 +325,7 @@ def _create(said: dict[str, str], values: dict[str, Any]) -> None:
     bad = [n for n in before if kinds[n] not in ("STRING", "INT", "LONG", "DATE")] if before else []
     if bad or (before and kinds[last] not in ("INT", "LONG", "DATE", "NANOTIMESTAMP")):
         raise RuntimeError(f"<Exception> in createPartitionedTable: cannot sort by {sort}")
-    if kinds[last] in ("FLOAT", "DOUBLE", "BOOL"):
+    if kinds[last] in ("FLOAT", "DOUBLE", "BOOL") or (not before and kinds[last] == "NANOTIMESTAMP"):
         raise RuntimeError(f"<Exception> in createPartitionedTable: cannot sort by {last}")
     meta = {"columns": columns, "types": types, "sort": sort, "by": by, "scheme": said["scheme"], "comment": ""}
     assert len(_levels(meta)) == len(by)
@@ -361,7 +385,9 @@ def _delete(said: dict[str, str], values: dict[str, Any]) -> None:
 
 
 def _rows(said: dict[str, str], values: dict[str, Any]) -> pl.DataFrame:
-    rows = _Table(said["path"], said["name"]).read()
+    table = _Table(said["path"], said["name"])
+    _refuse_many(table.meta(), said.get("where"))
+    rows = table.read()
     return rows.filter(_conditions(said.get("where"), values, rows))
 
 

@@ -52,6 +52,9 @@ def test_a_symbol_is_never_read_as_a_part_of_a_script(store: Store):
     ("key", "others"),
     [
         (("index", "code"), {}),
+        (("ts",), {"ts": ColumnType.DATETIME}),
+        (("at",), {"at": ColumnType.DATETIME_NS}),
+        (("day",), {"day": ColumnType.DATE}),
         (("ts", "code"), {"ts": ColumnType.DATETIME}),
         (("code", "day", "ts"), {"day": ColumnType.DATE, "ts": ColumnType.DATETIME_NS}),
         (("number", "code"), {"number": ColumnType.U64}),
@@ -82,6 +85,19 @@ def test_any_key_that_the_engine_can_sort_by_is_kept_once(
     assert store.scan("made.keys").collect().sort(key).equals(changed.select(schema.names).sort(key))
     assert store.replace("made.keys", schema, changed.head(1), Filter()) == Written(unchanged=1, deleted=3)
     assert store.count("made.keys") == 1
+
+
+@pytest.mark.parametrize("period", list(Period))
+def test_a_table_cut_by_any_period_is_asked_as_a_whole_and_has_rows_of_all_times(store: Store, period: Period):
+    schema = Schema(BARS.columns, BARS.key, "ts", "symbol", period)
+    years = (1677, 1899, 1969, 1970, 2024, 2099, 2100, 2262)
+    times = [datetime(year, 12 if year == 1677 else 1, 1, tzinfo=UTC) for year in years]
+    frame = bars(("a",), rows=len(times)).with_columns(ts=pl.Series(times, dtype=pl.Datetime("us", "UTC")))
+    store.ensure("made.bars", schema)
+    store.write(batch("made.bars", frame, 1, schema=schema))
+    store.write(batch("made.bars", frame, 2, schema=schema, mode=Mode.UPSERT))
+    assert store.count("made.bars") == len(times)
+    assert store.scan("made.bars").collect()["ts"].sort().to_list() == times
 
 
 @pytest.mark.parametrize(
@@ -262,4 +278,4 @@ def test_what_the_table_is_made_of_follows_the_schema():
     made = creation("dfs://x", "rows", BARS)
     assert 'partitionColumns=["ts", "symbol"], sortColumns=["symbol", "ts"], keepDuplicates=LAST' in made
     yearly = creation("dfs://x", "rows", Schema(BARS.columns, BARS.key, "ts", "symbol", Period.YEAR))
-    assert "RANGE, 1677.01M + 12 * (0..586)" in yearly
+    assert "RANGE, (1677.01M join (1970.01M + 12 * (0..130))) join 2263.01M)" in yearly

@@ -164,6 +164,17 @@ def test_text_that_has_no_room_is_refused(marketstore, dataset):
     assert_frame_equal(all_ticks(store, dataset), fits.sort(BY_TICK))
 
 
+def test_a_symbol_may_have_64_characters_and_no_more(marketstore, dataset):
+    store = opened(marketstore)
+    store.ensure(dataset, BARS)
+    longest = ("A" * 64, "." + "A" * 63)
+    store.write(batch(dataset, bars(longest, rows=2)))
+    assert store.scan(dataset).collect()["symbol"].unique().sort().to_list() == sorted(longest)
+    for symbol in ("A" * 65, "." + "A" * 64):
+        with pytest.raises(SchemaError, match="64"):
+            store.write(batch(dataset, bars((symbol,), rows=2), 2))
+
+
 def test_the_first_of_january_is_refused_from_day_buckets_and_kept_in_hours(marketstore, dataset):
     turn = [date(2023, 12, 31), date(2024, 1, 1), date(2024, 1, 2)]
     store = opened(marketstore)
@@ -410,6 +421,61 @@ def test_what_was_refused_together_is_written_bucket_by_bucket(marketstore, data
         assert store.committed(name, "lane") == 0
         store.write(batch(name, frame, schema=schema))
         assert_frame_equal(store.scan(name, Filter(system=True)).collect().sort(schema.key), frame.sort(schema.key))
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("lost", ["AAPL/1Min", "1H/_marketsync-hours"])
+def test_what_a_server_acknowledges_and_does_not_keep_stays_owed(marketstore, dataset, monkeypatch, mode, lost: str):
+    write = Client.write
+
+    def full(self: Client, rows: dict, *, variable: bool) -> None:
+        write(self, {key: columns for key, columns in rows.items() if lost not in key}, variable=variable)
+
+    store = opened(marketstore)
+    store.ensure(dataset, BARS)
+    rows = batch(dataset, bars(("AAPL", "IBM"), rows=4), 1, mode=mode)
+    monkeypatch.setattr(Client, "write", full)
+    with pytest.raises(StoreError, match=r"of 8 bars of .* are not in .*, though it took them: is its disk full"):
+        store.write(rows)
+    assert store.committed(dataset, "lane") == 0
+    monkeypatch.undo()
+    again = opened(marketstore)
+    again.write(rows)
+    assert again.count(dataset) == 8
+    store.close()
+    again.close()
+
+
+def test_a_change_that_a_server_acknowledges_and_does_not_keep_stays_owed_and_another_writers_is_none(
+    marketstore, dataset, monkeypatch
+):
+    write, rows = Client.write, bars(("AAPL", "IBM"), rows=4)
+
+    def closing_at(value: float) -> pl.DataFrame:
+        return rows.with_columns(close=pl.lit(value))
+
+    def full(self: Client, rows: dict, *, variable: bool) -> None:
+        kept = {key: columns for key, columns in rows.items() if not key.startswith("AAPL/1Min")}
+        write(self, kept, variable=variable)
+
+    def rival(self: Client, rows: dict, *, variable: bool) -> None:
+        write(self, rows, variable=variable)
+        if any(key.startswith("AAPL/1Min") for key in rows):
+            changed = {key: {**columns, "close": columns["close"] + 1} for key, columns in rows.items()}
+            write(self, changed, variable=variable)
+
+    store = opened(marketstore)
+    store.ensure(dataset, BARS)
+    store.write(batch(dataset, closing_at(1.0)))
+    monkeypatch.setattr(Client, "write", full)
+    with pytest.raises(StoreError, match=r"4 of 8 bars of .*, though it took them"):
+        store.write(batch(dataset, closing_at(2.0), 2))
+    monkeypatch.setattr(Client, "write", rival)
+    store.write(batch(dataset, closing_at(2.0), 2))
+    assert store.committed(dataset, "lane") == 2
+    found = store.scan(dataset).collect().group_by("symbol").agg(pl.col("close").unique()).sort("symbol")
+    assert found.rows() == [("AAPL", [3.0]), ("IBM", [2.0])]
+    store.close()
 
 
 def test_a_replica_says_where_to_write_instead():
