@@ -206,6 +206,8 @@ class ClickHouseStore:
             marker, stored = found
             if stored != schema:
                 self._evolve(dataset, stored, schema, marker)
+            elif not self._is_noted(dataset):
+                self._note(dataset, marker, stored)
             return marker
 
     def marker(self, dataset: str) -> str | None:
@@ -501,6 +503,12 @@ class ClickHouseStore:
             if location.split(dataset)[0] == provider:
                 self._note(dataset, uuid.uuid4().hex, self._table(dataset)[1])
         self._create_commits(provider)
+
+    def _is_noted(self, dataset: str) -> bool:
+        """Return whether the table's comment says which one it is; one that was made before uuids were noted does not,
+        nor one whose making broke off."""
+        where = f"({_UUID} = '' OR JSONHas(comment, 'table')) AND {_named(dataset, 'name')}"
+        return not self._frame(f"SELECT name FROM system.tables WHERE {where}").is_empty()
 
     def _note(self, dataset: str, marker: str, schema: Schema) -> None:
         """Write into the table's comment what it is, with its uuid: it keeps that when it is renamed, and a copy, which

@@ -83,17 +83,19 @@ def dialect(ask: Ask, fit: Callable[[Column, Theirs], Fit] | None = None) -> Dia
     """Return how ClickHouse is asked."""
     return Dialect(
         quoted,
-        lambda value: f"toString({value})",
-        lambda at, seconds: (
-            f"fromUnixTimestamp64Micro(toInt64(intDiv(toUnixTimestamp64Micro({at}), {seconds}000000) "
-            f"* {seconds}000000), 'UTC')"
-        ),
+        lambda value: f"toValidUTF8(toString({value}))",
+        _bucket,
         lambda sql: ask(sql).rows(),
         fit or partial(_fit, None),
         "",
         "",
         "",
     )
+
+
+def _bucket(at: str, seconds: int) -> str:
+    micros = f"toUnixTimestamp64Micro({at})"
+    return f"fromUnixTimestamp64Micro({micros} - positiveModulo({micros}, {seconds}000000), 'UTC')"
 
 
 def selected(look: Look) -> tuple[Sequence[str], Sequence[str]]:
@@ -118,8 +120,11 @@ def _fit(zone: str | None, column: Column, theirs: Theirs) -> Fit:
     fit = None
     if type_ is ColumnType.STR:
         if of.startswith("FixedString"):
-            fit = Fit(f"replaceRegexpOne(toString({name}), '\\\\x00+$', '')", _COPIED)  # as long as it is, filled up
-        elif of == "String" or of.startswith(("Enum", "UUID")):
+            # as long as it is, filled up
+            fit = Fit(f"replaceRegexpOne(toString({name}), '\\\\x00+$', '')", _COPIED, *_no_text(name))
+        elif of == "String":
+            fit = Fit(name, _COPIED, *_no_text(name))
+        elif of.startswith(("Enum", "UUID")):
             fit = Fit(f"toString({name})", _COPIED)
     elif type_ is ColumnType.BOOL:
         if of == "Bool":
@@ -139,6 +144,11 @@ def _fit(zone: str | None, column: Column, theirs: Theirs) -> Fit:
         "make a table in which they are such (INSERT INTO ... SELECT), and adopt that by --table"
     )
     return fit or Fit(name, refusal=refusal)
+
+
+def _no_text(name: str) -> tuple[str, str]:
+    """Return what holds for bytes that are no text, with which no row could be read, and that in words."""
+    return f"NOT isValidUTF8({name})", "are no text in UTF-8 (see convertCharset)"
 
 
 def _whole(target: str, of: str, name: str) -> Fit | None:

@@ -97,8 +97,8 @@ _STEP_SECONDS = 0.05  # the longest pause before the first repetition; each next
 _AGAIN = (1213, 1205, 1020, 1412)
 _LOST = (0, 2006, 2013, 2014, 2055, 4031)
 _DUPLICATE = 1062
-# values that an ALTER would not keep: duplicates, wrong, too long or too large; an index that is
-_NOT_KEPT = (_DUPLICATE, 1138, 1264, 1265, 1292, 1366, 1406, 1071, 1170)
+# values that an ALTER would not keep: duplicates, wrong, too long or too large; an index that is; foreign keys
+_NOT_KEPT = (_DUPLICATE, 1138, 1264, 1265, 1292, 1366, 1406, 1071, 1170, 1832, 1833)
 _SAME_NAME = 1060
 # what fails for reasons that are not in the text of a query: connections, rights to enter, memory, disks, locks, time
 _NOT_THE_QUERY = {*_AGAIN, *_LOST, 1021, 1037, 1038, 1040, 1041, 1043, 1044, 1045, 1053, 1129, 1130, 1158, 1159, 1160}
@@ -214,7 +214,7 @@ class MySQLStore:
             frame, known = self._admitted(dataset, batch.frame, batch.schema, schema)
             written = Written()
             if frame.height:
-                if batch.mode is Mode.APPEND:
+                if batch.mode is Mode.APPEND and not _triggers(cursor, dataset):
                     self._send(cursor, dataset, quoted(dataset), frame)
                     written = Written(inserted=frame.height)
                 else:
@@ -382,8 +382,8 @@ class MySQLStore:
                     ask = taking.dialect(cursor, None, table)
                     return already(ask, table, dataset, schema, wish, *found)
             name = taking.found(cursor, dataset, wish, self._fold)
-            longest, uniques = longest_key(dataset, schema), _uniques(cursor, name)
-            look = taking.look(cursor, name, schema, wish, _TYPES, self._collation, longest, uniques)
+            longest, uniques, triggers = longest_key(dataset, schema), _uniques(cursor, name), _triggers(cursor, name)
+            look = taking.look(cursor, name, schema, wish, _TYPES, self._collation, longest, uniques, triggers)
             look.refuse()
             counts = look.counts()
             marker = uuid.uuid4().hex
@@ -793,7 +793,7 @@ class MySQLStore:
 
     def _refuse_overwritten(self, cursor: Cursor, dataset: str, schema: Schema, absent: str) -> None:
         """Raise `StoreError` where a row of the stage is `absent` from the table after all: the engine takes a row for
-        another by any unique index, and a text by the collation that its column has now."""
+        another by any unique index, and a text by the collation that its column has now, and a trigger changes rows."""
         cursor.execute(
             "SELECT COLUMN_NAME FROM information_schema.COLUMNS WHERE TABLE_SCHEMA = DATABASE() AND TABLE_NAME = %s "
             "AND COLLATION_NAME <> %s",
@@ -815,13 +815,22 @@ class MySQLStore:
                 f"{table} in {self.url} has no unique index over its key any more, nothing was written: "
                 f"ALTER TABLE {table} ADD PRIMARY KEY ({key})"
             )
-        if not others:  # as nearly always; to look for each row costs a tenth of the write
+        triggers = _triggers(cursor, dataset)
+        if not (others or triggers):  # as nearly always; to look for each row costs a tenth of the write
             return
         if lost := _one(cursor, f"SELECT COUNT(*) FROM {_STAGE} s LEFT JOIN {table} USING ({key}) WHERE {absent}"):
+            why = []
+            if triggers:
+                why.append(f"a trigger that changes rows, {' or '.join(map(quoted, triggers))}: DROP TRIGGER ...")
+            if others:
+                names = " or ".join(map(quoted, others))
+                why.append(
+                    f"beside that of its key a unique index, {names}, by which rows with other keys are the same: "
+                    f"ALTER TABLE {table} DROP INDEX ..."
+                )
             raise StoreError(
                 f"{lost} rows for {table} in {self.url} would not be there as they were sent, nothing was written: "
-                f"beside that of its key the table has a unique index, {' or '.join(map(quoted, others))}, by which "
-                f"rows with other keys are the same; ALTER TABLE {table} DROP INDEX ..."
+                f"the table has {'; or '.join(why)}"
             )
 
     # rows on their way out
@@ -1036,6 +1045,16 @@ def _uniques(cursor: Cursor, table: str) -> dict[str, list[str]]:
     for index, column in cursor.fetchall():
         found.setdefault(index, []).append(column)
     return found
+
+
+def _triggers(cursor: Cursor, table: str) -> list[str]:
+    """Return the table's triggers, as far as the user may see them."""
+    cursor.execute(
+        "SELECT TRIGGER_NAME FROM information_schema.TRIGGERS "
+        "WHERE EVENT_OBJECT_SCHEMA = DATABASE() AND EVENT_OBJECT_TABLE = %s",
+        [table],
+    )
+    return [name for (name,) in cursor.fetchall()]
 
 
 def _one(cursor: Cursor, sql: str) -> Any:

@@ -77,9 +77,10 @@ def look(
     collation: str,
     longest: int,
     uniques: Mapping[str, Sequence[str]],
+    triggers: Sequence[str],
 ) -> Look:
-    """Read what the engine says of a table's columns and triggers; `types` are those that a table of ours has,
-    `longest` is how long a text in the key may be, `uniques` are its unique indexes."""
+    """Read what the engine says of a table's columns; `types` are those that a table of ours has, `longest` is how long
+    a text in the key may be, `uniques` are its unique indexes."""
     table = quoted(name)
     generated = "IFNULL(GENERATION_EXPRESSION, '') <> ''"
     counting = "EXTRA LIKE '%%auto_increment%%'"
@@ -95,8 +96,10 @@ def look(
     columns = {row[0]: Theirs(row[0], row[1], str(row[2]).lower(), *row[3:]) for row in cursor.fetchall()}
     indexes = [Index(index, index == "PRIMARY", True, parts) for index, parts in uniques.items()]
     fit = partial(_fit, table, types, collation, longest, schema.key, wish.zone)
-    triggers = _triggers(cursor, name)
-    return Look(schema, wish, table, columns, indexes, dialect(cursor, fit, table), against=triggers, overwrites=True)
+    against = [
+        f"the trigger {each!r} could change the rows that are written: DROP TRIGGER {quoted(each)}" for each in triggers
+    ]
+    return Look(schema, wish, table, columns, indexes, dialect(cursor, fit, table), against=against, overwrites=True)
 
 
 def unseen(cursor: Cursor, name: str) -> list[str]:
@@ -168,18 +171,6 @@ def statements(
         dropped = ", ".join(f"ALTER COLUMN `{each.split('`')[1]}` DROP DEFAULT" for each, _ in new)
         said.append(f"ALTER TABLE {quoted(dataset)} {dropped}")
     return said
-
-
-def _triggers(cursor: Cursor, name: str) -> list[str]:
-    cursor.execute(
-        "SELECT TRIGGER_NAME FROM information_schema.TRIGGERS "
-        "WHERE EVENT_OBJECT_SCHEMA = DATABASE() AND EVENT_OBJECT_TABLE = %s",
-        [name],
-    )
-    return [
-        f"the trigger {each!r} could change the rows that are written: DROP TRIGGER {quoted(each)}"
-        for (each,) in cursor.fetchall()
-    ]
 
 
 def _kinds(cursor: Cursor, names: Sequence[str]) -> dict[str, str]:
@@ -270,18 +261,19 @@ def _float(theirs: Theirs, name: str) -> Fit | None:
 def _date(of: str, name: str) -> Fit | None:
     value = f"CAST({name} AS DATE)"
     if of == "date":
-        return Fit(name, None, f"YEAR({name}) = 0", DAY_WORDS)
+        return Fit(name, None, _partial(name), DAY_WORDS)
     if of in ("datetime", "timestamp"):
-        return Fit(value, _ALTERED, f"TIME({name}) <> 0 OR YEAR({name}) = 0", "are not at midnight (in UTC)")
+        return Fit(value, _ALTERED, f"TIME({name}) <> 0 OR {_partial(name)}", "are not at midnight (in UTC)")
     if of in (*_TEXTS, "int", "bigint"):
-        return Fit(value, _ALTERED, f"{name} NOT REGEXP '{DAY_TEXT}' OR {value} IS NULL", DAY_WORDS)
+        loses = f"{name} NOT REGEXP '{DAY_TEXT}' OR {value} IS NULL OR {_partial(value)}"
+        return Fit(value, _ALTERED, loses, DAY_WORDS)
     return None
 
 
 def _instant(table: str, theirs: Theirs, name: str, zone: str | None) -> Fit | None:
     of = theirs.of
     if of == "timestamp":  # it is kept in UTC, and said in UTC to our connection
-        return Fit(name, _ALTERED, f"YEAR({name}) = 0", "are no times")
+        return Fit(name, _ALTERED, _partial(name), "are no times")
     if of not in ("datetime", "date", *_TEXTS):
         return None
     if zone is None:
@@ -295,9 +287,14 @@ def _instant(table: str, theirs: Theirs, name: str, zone: str | None) -> Fit | N
             "adopt it with --zone UTC",
         )
     if of == "datetime":
-        return Fit(name, None if theirs.size == 6 else _ALTERED, f"YEAR({name}) = 0", "are no times")
+        return Fit(name, None if theirs.size == 6 else _ALTERED, _partial(name), "are no times")
     value = f"CAST({name} AS DATETIME(6))"
     if of == "date":
-        return Fit(value, _ALTERED, f"YEAR({name}) = 0", DAY_WORDS)
-    loses = f"{name} NOT REGEXP '{TIME_TEXT}?$' OR {value} IS NULL"
+        return Fit(value, _ALTERED, _partial(name), DAY_WORDS)
+    loses = f"{name} NOT REGEXP '{TIME_TEXT}?$' OR {value} IS NULL OR {_partial(value)}"
     return Fit(value, _ALTERED, loses, "are no times in ISO 8601 without a zone")
+
+
+def _partial(value: str) -> str:
+    """Return what holds for a day such as 2024-03-00, which the engine keeps where its `sql_mode` was not strict."""
+    return f"0 IN (YEAR({value}), MONTH({value}), DAY({value}))"

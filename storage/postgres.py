@@ -8,6 +8,7 @@ Marker and schema are the table's comment. Options of the URL are libpq's (sslmo
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -69,6 +70,7 @@ _OWN_NAMES = {"tableoid", "ctid", "xmin", "xmax", "cmin", "cmax"}
 _COPIED_ROWS = 50_000
 _LISTED_SUBJECTS = 1_000
 _PARTITIONS = ("none", "month", "year")
+_PARTITION = re.compile(r"(.+)_p\d{4}(?:_\d\d)?")
 
 _TYPES = {
     # bytes decide equality and order, whatever the database's locale
@@ -158,7 +160,7 @@ class PostgresStore:
             written = Written()
             if frame.height:
                 self._make_partitions(cursor, dataset, schema, frame)
-                if batch.mode is Mode.APPEND:
+                if batch.mode is Mode.APPEND and not _triggers(cursor, dataset):
                     self._copy(cursor, _table_name(dataset), frame)
                     written = Written(inserted=frame.height)
                 else:
@@ -299,7 +301,9 @@ class PostgresStore:
             if _NOT_THE_STORE.match(state) or isinstance(error.__cause__, pa.ArrowInvalid):
                 raise QueryRefused(f"{error}. Tables here: {', '.join(self.datasets()) or 'none'}") from error
             raise
-        return pl.concat(found) if found else pl.DataFrame()
+        answer = pl.concat(found) if found else pl.DataFrame()
+        _refuse_far(answer)
+        return answer
 
     def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
         """Make a table that is there ours in place, in one transaction (see `storage/adoption.py`)."""
@@ -333,7 +337,7 @@ class PostgresStore:
                     for statement in done:
                         cursor.execute(statement)
                     self._describe(cursor, dataset, schema, marker)
-            except psycopg.DataError as error:
+            except (psycopg.DataError, psycopg.NotSupportedError) as error:  # the latter: a view has such a column
                 raise AdoptionRefused(look.table, [" ".join(str(error).split())]) from error
             return Adoption(look.table, marker, counts, done, look.notes(adoption.STAYS), look.names.extra)
 
@@ -370,10 +374,10 @@ class PostgresStore:
             self._open.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             said = self._open.execute(
                 "SELECT set_config('TimeZone', 'UTC', false), set_config('standard_conforming_strings', 'on', false), "
-                "current_setting('quote_all_identifiers')"
+                "set_config('DateStyle', 'ISO, YMD', false), current_setting('quote_all_identifiers')"
             ).fetchone()
             # ADBC asks the server for the names of its types, and knows none in quotes
-            self._quoting = said is not None and said[2] == "on"
+            self._quoting = said is not None and said[3] == "on"
             self._open.commit()
         return self._open
 
@@ -540,21 +544,25 @@ class PostgresStore:
             return
         import polars as pl
 
-        provider, name = location.split(dataset)
+        provider, _ = location.split(dataset)
         made = _partitions(cursor, dataset)
         # a table that was cut by month stays so, whatever the URL says now
         yearly = any(re.search(r"_p\d{4}$", each) for each in made) or not (made or self._partition == "month")
         starts = frame.select(pl.col(schema.time).cast(pl.Date).dt.truncate("1y" if yearly else "1mo").unique().sort())
-        # years are written out: strftime leaves zeros away
-        parts = {
-            f"{name}_p{start.year:04}" + ("" if yearly else f"_{start.month:02}"): start
-            for start in starts.to_series().to_list()
-        }
-        if parts.keys() <= made:
+
+        def named_by(stem: str) -> dict[str, date]:
+            # years are written out: strftime leaves zeros away
+            return {
+                f"{stem}_p{start.year:04}" + ("" if yearly else f"_{start.month:02}"): start
+                for start in starts.to_series().to_list()
+            }
+
+        if made and named_by(_stem(cursor, dataset, made)).keys() <= made:
             return
         # two writers of a new month would each find it missing
         cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"marketsync:{dataset}"])
         made = _partitions(cursor, dataset)
+        parts = named_by(_stem(cursor, dataset, made))
         zone = "" if schema[schema.time].type is ColumnType.DATE else " 00:00+00"
         for part, start in parts.items():
             if part in made:
@@ -631,7 +639,24 @@ class PostgresStore:
                 "SELECT count(*) FILTER (WHERE fresh), count(*) FILTER (WHERE NOT fresh) FROM put"
             ).fetchone()
             inserted, updated = found or (0, 0)
+        self._refuse_changed(cursor, dataset, schema, values)
         return Written(inserted, updated, rows - inserted - updated)
+
+    def _refuse_changed(self, cursor: Cursor, dataset: str, schema: Schema, values: Sequence[Column]) -> None:
+        """Raise `StoreError` where rows of the stage are not in the table as they were sent: a trigger that somebody
+        has made since may leave rows out, or change them."""
+        if not (triggers := _triggers(cursor, dataset)):
+            return
+        table = _table_name(dataset)
+        same = " AND ".join(f"s.{_quoted(name)} = t.{_quoted(name)}" for name in schema.key)
+        other = " OR ".join([f"t.{_quoted(schema.key[0])} IS NULL", *(_differs(column, "s") for column in values)])
+        lost = _one(cursor, f"SELECT count(*) FROM {_STAGE} s LEFT JOIN {table} t ON {same} WHERE {other}")
+        if lost:
+            raise StoreError(
+                f"{lost:,} rows for {table} in PostgreSQL {self.url} would not be there as they were sent, nothing was "
+                f"written: triggers of the table leave rows out or change them; DROP TRIGGER {triggers[0]} ON {table}"
+                + "".join(f", or {each}" for each in triggers[1:])
+            )
 
     def _where(self, dataset: str, schema: Schema, filter: Filter) -> list[str]:
         since, until = filters.bounds(dataset, filter, schema)
@@ -732,6 +757,33 @@ def _partitions(cursor: Cursor, dataset: str) -> set[str]:
     return {name for (name,) in found}
 
 
+def _triggers(cursor: Cursor, dataset: str) -> list[str]:
+    """Return the names of the triggers of the table and its partitions, for a statement."""
+    found = cursor.execute(
+        "SELECT DISTINCT quote_ident(tgname) FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' "
+        "AND tgrelid IN (SELECT %(table)s::regclass UNION SELECT relid FROM pg_partition_tree(%(table)s::regclass)) "
+        "ORDER BY 1",
+        {"table": _table_name(dataset)},
+    )
+    return [name for (name,) in found]
+
+
+def _stem(cursor: Cursor, dataset: str, made: Iterable[str]) -> str:
+    """Return what the names of the table's partitions begin with: its own name when the first one was made, with a
+    number where partitions of a table that was renamed since have that name."""
+    for part in made:
+        if found := _PARTITION.fullmatch(part):
+            return found[1]
+    provider, name = location.split(dataset)
+    others = cursor.execute(
+        "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE n.nspname = %s AND c.relispartition",
+        [provider],
+    )
+    taken = {found[1] for (part,) in others if (found := _PARTITION.fullmatch(part))}
+    return next(each for number in itertools.count(1) if (each := name + f"_{number}" * (number > 1)) not in taken)
+
+
 def _partitioned(cursor: Cursor, dataset: str) -> bool:
     kind = cursor.execute("SELECT relkind FROM pg_class WHERE oid = %s::regclass", [_table_name(dataset)]).fetchone()
     return kind is not None and kind[0] == "p"
@@ -779,6 +831,22 @@ def _refuse_odd(answer: pa.Schema) -> None:
             raise QueryRefused(
                 f"column {field.name!r} holds intervals, which a frame does not have: ask for it as text (... ::text)"
             )
+        if (field.metadata or {}).get(b"POSTGRESQL:type", b"").endswith(b"money"):  # the driver gives its hundredths
+            raise QueryRefused(f"column {field.name!r} is money, whose unit is lost: ask for a number (... ::numeric)")
+
+
+def _refuse_far(answer: pl.DataFrame) -> None:
+    """Raise `QueryRefused` for times that polars can hold and not show: infinite ones are the last that it has."""
+    import polars as pl
+
+    for column in answer.select(pl.col(pl.Date, pl.Datetime)):
+        kind = date if column.dtype == pl.Date else datetime
+        span = pl.Series([kind.min, kind.max]).to_physical()
+        if not column.to_physical().is_between(span[0], span[1]).all():
+            raise QueryRefused(
+                f"column {column.name!r} holds times that are infinite, or in no year from 1 to 9999: ask for it as "
+                "text (... ::text)"
+            )
 
 
 def _typed(frame: pl.DataFrame, types: dict[str, pl.DataType]) -> pl.DataFrame:
@@ -794,8 +862,8 @@ def _typed(frame: pl.DataFrame, types: dict[str, pl.DataType]) -> pl.DataFrame:
     return frame.select(casts)
 
 
-def _differs(column: Column) -> str:
-    old, new = f"t.{_quoted(column.name)}", f"EXCLUDED.{_quoted(column.name)}"
+def _differs(column: Column, of: str = "EXCLUDED") -> str:
+    old, new = f"t.{_quoted(column.name)}", f"{of}.{_quoted(column.name)}"
     said = f"{old} IS DISTINCT FROM {new}"
     if send := _SENT.get(column.type):
         # to the engine 0.0 and -0.0 are equal; their bytes are not

@@ -54,6 +54,9 @@ _AGAINST = {
     "parent": "the rows of {0}, which inherits from it, are read as its own: ALTER TABLE {0} NO INHERIT {1}",
     "child": "it inherits from {0}, where its rows are read too: ALTER TABLE {1} NO INHERIT {0}",
     "index": "its unique index {0} has a collation of its own, to which texts that differ can be equal: DROP INDEX {0}",
+    "deferred": "its unique constraint {0} is deferrable, and nothing can be upserted by one: ALTER TABLE {1} DROP "
+    "CONSTRAINT {0}",
+    "unlogged": "it is unlogged, and a crash of the server empties it: ALTER TABLE {1} SET LOGGED",
     "policy": "row-level security may hide rows of it: ALTER TABLE {1} DISABLE ROW LEVEL SECURITY",
 }
 _OTHERS = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "cut into partitions"}
@@ -131,6 +134,9 @@ def _against(cursor: Cursor, table: str) -> list[str]:
         "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number "
         "JOIN pg_collation l ON l.oid = k.ordered WHERE i.indrelid = %(table)s::regclass AND i.indisunique "
         "AND l.oid <> a.attcollation AND NOT l.collisdeterministic "
+        "UNION ALL SELECT 'deferred', quote_ident(relname) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
+        "WHERE indrelid = %(table)s::regclass AND indisunique AND NOT indimmediate "
+        "UNION ALL SELECT 'unlogged', '' FROM pg_class WHERE oid = %(table)s::regclass AND relpersistence = 'u' "
         "UNION ALL SELECT 'policy', '' FROM pg_class WHERE oid = %(table)s::regclass AND relrowsecurity ORDER BY 1, 2",
         {"table": table},
     ).fetchall()
@@ -232,7 +238,7 @@ def _fit(table: str, types: Types, zone: str | None, column: Column, theirs: The
         fit = _instant(sql, theirs, name, zone, by_hand("..."))
         using = f"to_timestamp({name} / 1000.0)"
     elif type_ is ColumnType.BOOL:
-        using = f"{name} <> 0"
+        using = f"{name} <> 0" if of in _INTS else f"{name}::text::boolean"
     refusal = f"column {theirs.name!r} is {theirs.shown}, and the dataset's is {type_}: {by_hand(using)}"
     return fit or Fit(name, refusal=refusal)
 

@@ -58,6 +58,8 @@ def mortal_mariadb(*options: str) -> Iterator[Server]:
                     _program("mariadb-install-db"),
                     "--no-defaults",
                     f"--datadir={data}",
+                    # a server that starts removes what looks like its temporary tables, those of others among them
+                    f"--tmpdir={folder}",
                     "--auth-root-authentication-method=normal",
                     "--skip-test-db",
                     "--skip-name-resolve",

@@ -216,6 +216,18 @@ def test_a_copy_of_a_table_is_no_table_of_ours_until_it_is_adopted_and_a_renamed
     assert store.ensure("made.renamed", BARS) == marker  # as tables were that an earlier MarketSync made
 
 
+def test_a_table_of_an_earlier_version_learns_which_one_it_is(store):
+    marker = store.ensure("made.bars", BARS)
+    store.write(batch("made.bars", bars()))
+    earlier = storage.clickhouse._comment(marker, BARS)
+    store._command(f"ALTER TABLE made.bars MODIFY COMMENT {storage.clickhouse._literal(earlier)}")
+    assert store.ensure("made.bars", BARS) == marker
+    store._command("CREATE TABLE made.copy CLONE AS made.bars")
+    with pytest.raises(ForeignTable, match=re.escape("marketsync adopt made.copy")):
+        store.ensure("made.copy", BARS)
+    assert store.count("made.bars") == 96
+
+
 def test_a_provider_whose_commits_were_dropped_gets_new_ones_and_its_tables_other_markers(store):
     markers = {name: store.ensure(name, BARS) for name in (NAME, "made.other")}
     store.write(batch(NAME, bars(), 5))
@@ -225,6 +237,21 @@ def test_a_provider_whose_commits_were_dropped_gets_new_ones_and_its_tables_othe
     assert store.committed(NAME, "lane") == 0
     assert store.write(batch(NAME, bars(), 5)) == Written(unchanged=96)
     assert store.committed(NAME, "lane") == 5
+
+
+@pytest.mark.parametrize("of", ["String", "FixedString(4)", "LowCardinality(Nullable(String))"])
+def test_bytes_that_are_no_text_are_not_adopted(store, of: str):
+    store._command(f"CREATE TABLE names (k Int64, v {of}) ENGINE = MergeTree ORDER BY k")
+    store._command("INSERT INTO names SELECT 1, unhex('CBF7C4E1')")  # a name in GBK
+    schema = Schema((Column("k", ColumnType.I64), Column("v", ColumnType.STR)), ("k",))
+    wish = Wish(segment="s", at=START, table="names")
+    with pytest.raises(AdoptionRefused, match=r"are no text in UTF-8 .* in 1 row"):
+        store.adopt("made.names", schema, wish)
+    if of == "String":
+        convert = "UPDATE v = convertCharset(v, 'gbk', 'utf8') WHERE 1 SETTINGS mutations_sync = 1"
+        store._command(f"ALTER TABLE names {convert}")
+        store.adopt("made.names", schema, wish)
+        assert store.scan("made.names").collect()["v"].to_list() == ["索尼"]
 
 
 def test_values_that_adopting_would_change_are_refused_and_others_are_as_they_were(store):

@@ -261,6 +261,20 @@ def test_a_table_that_would_take_one_row_for_another_or_change_it_is_not_adopted
             store.adopt(DATASET, BARS, replace(WISH, dry=dry))
 
 
+def test_days_that_are_none_are_not_adopted(store, mysql):
+    columns = {"d": "DATE", "m": "DATE", "t": "DATETIME", "of_t": "DATETIME", "of_d": "DATE", "text": "VARCHAR(20)"}
+    types = (ColumnType.DATE, ColumnType.DATE, ColumnType.DATETIME, ColumnType.DATE, *[ColumnType.DATETIME] * 2)
+    shape = (Column("n", ColumnType.I64, nullable=False), *map(Column, columns, types))
+    asked(mysql, f"CREATE TABLE `made.days` (n BIGINT, {', '.join(f'{name} {of}' for name, of in columns.items())})")
+    values = ["2024-03-00", "2024-00-10", "2024-03-00 09:30:00", "2024-03-00 00:00:00", "2024-03-00", "2024-03-00"]
+    with another_client(mysql) as say:
+        for said in ("SET sql_mode = ''", f"INSERT INTO `made.days` VALUES {(1, *values)}", "COMMIT"):
+            say(said)
+    with pytest.raises(AdoptionRefused) as refused:
+        store.adopt("made.days", Schema(shape, ("n",)), WISH)
+    assert [value in reason for value, reason in zip(values, refused.value.reasons, strict=True)] == [True] * 6
+
+
 def test_what_a_column_did_by_itself_it_does_no_longer_once_it_is_adopted(store, mysql):
     moving = "DEFAULT CURRENT_TIMESTAMP(6) ON UPDATE CURRENT_TIMESTAMP(6)"
     own = "id INT AUTO_INCREMENT UNIQUE, isin VARCHAR(12) UNIQUE, UNIQUE (ts, close, symbol), _ingested_at DATETIME"
@@ -307,6 +321,12 @@ def test_rows_that_a_later_index_takes_for_others_are_refused(store, mysql):
     with pytest.raises(StoreError, match=r"no unique index over its key any more.*ADD PRIMARY KEY \(`symbol`, `ts`\)"):
         store.write(batch(DATASET, frame, 2))
     assert store.count(DATASET) == 2
+    asked(mysql, "ALTER TABLE `made.bars` ADD PRIMARY KEY (symbol, ts)")
+    asked(mysql, "CREATE TRIGGER `floor` BEFORE INSERT ON `made.bars` FOR EACH ROW SET NEW.close = FLOOR(NEW.close)")
+    for mode in Mode:
+        with pytest.raises(StoreError, match=r"trigger that changes rows, `floor`: DROP .* by which rows with other"):
+            store.write(batch(DATASET, bars(("B",), first=105, rows=2), 2, mode=mode))
+        assert store.write(batch(DATASET, frame, 2, lane=mode)).unchanged == 2
     store.ensure("made.alike", BARS)
     asked(mysql, "ALTER TABLE `made.alike` CONVERT TO CHARACTER SET utf8mb4 COLLATE utf8mb4_general_ci")
     with pytest.raises(StoreError, match=r"takes unlike texts of symbol for one.*nothing was written: ALTER TABLE"):

@@ -106,6 +106,23 @@ def test_a_partition_whose_name_would_be_cut_or_is_taken_is_refused_with_the_rea
     store.close()
 
 
+@pytest.mark.parametrize("cut", ["month", "year"])
+def test_a_table_with_partitions_may_be_renamed_and_another_made_in_its_place(postgres, cut):
+    store = open_url(f"{postgres}?partition={cut}", "pg")
+    store.ensure(DATASET, BARS)
+    store.write(batch(DATASET, bars()))
+    asked(postgres, "ALTER TABLE made.bars RENAME TO older")
+    assert store.ensure(DATASET, BARS) != store.ensure("made.older", BARS)
+    for seq in (2, 3):
+        assert store.write(batch("made.older", bars(add=seq), seq)) == Written(updated=96)
+        assert store.write(batch(DATASET, bars(first=1000 * seq), seq)) == Written(inserted=96)
+        assert store.write(batch("made.older", bars(first=10_000 * seq), seq, lane="new")) == Written(inserted=96)
+    assert (store.count(DATASET), store.count("made.older")) == (192, 288)
+    asked(postgres, "ALTER SCHEMA made RENAME TO moved")
+    assert store.write(batch("moved.bars", bars(first=2000, add=1.0), 4)) == Written(updated=96)
+    store.close()
+
+
 def test_a_table_that_came_without_its_lanes_is_believed_nothing_and_written_again(store, postgres):
     for away in ("DROP TABLE made._marketsync_commits", "CREATE SCHEMA moved; ALTER TABLE made.bars SET SCHEMA moved"):
         marker = store.ensure(DATASET, BARS)
@@ -191,6 +208,11 @@ def test_a_question_may_end_with_a_comment_and_may_be_about_the_server(store):
         ("SELECT symbol, symbol FROM made.bars", "2 columns of the name 'symbol': give each its own"),
         ("SELECT 1 AS a, now() - now() AS since", "'since' holds intervals.* as text"),
         ("SELECT ARRAY[interval '1 day'] AS waits", "'waits' holds intervals"),
+        ("SELECT 12.34::money AS paid", "'paid' is money.* ::numeric"),
+        ("SELECT ARRAY[12.34::money] AS paid", "'paid' is money"),
+        ("SELECT NULL::date AS never UNION ALL SELECT 'infinity'", "'never' holds times that are infinite.* as text"),
+        ("SELECT '-infinity'::timestamp AS never", "'never' holds times"),
+        ("SELECT '9999-12-31 23:59:59.999999Z'::timestamptz, timestamptz '10000-01-01 00:00Z' AS far", "'far' holds"),
     ):
         with pytest.raises(QueryRefused, match=words):
             store.query(sql)
@@ -208,7 +230,8 @@ def test_a_lost_connection_is_told_and_the_next_call_has_another(store, postgres
 def test_what_a_database_prefers_changes_nothing_of_what_is_written_and_read(postgres):
     database = postgres.rpartition("/")[2]
     rows = bars(("é中",), rows=2)
-    for number, preference in enumerate(("client_encoding = 'LATIN1'", "quote_all_identifiers = on")):
+    preferences = ("client_encoding = 'LATIN1'", "quote_all_identifiers = on", "DateStyle = 'German, DMY'")
+    for number, preference in enumerate(preferences):
         asked(postgres, f"ALTER DATABASE {database} SET {preference}")
         store = open_url(postgres + "?options=-c%20statement_timeout%3D60s", "pg")
         dataset = f"made.bars{number}"
@@ -216,6 +239,7 @@ def test_what_a_database_prefers_changes_nothing_of_what_is_written_and_read(pos
         store.write(batch(dataset, rows))
         assert store.write(batch(dataset, rows, 2)) == Written(unchanged=2), preference
         assert store.scan(dataset, Filter(["é中"])).collect().equals(rows.select(BARS.names)), preference
+        assert store.watermarks(dataset) == {"é中": rows["ts"].max()}, preference
         assert store.query("SELECT current_setting('statement_timeout') AS s").item() == "1min"
         store.close()
         asked(postgres, f"ALTER DATABASE {database} RESET ALL")
