@@ -6,6 +6,7 @@ Memory is bounded by a batch and 8 bytes a row (the hashes that show keys that a
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import uuid
@@ -141,13 +142,18 @@ def reading(place: Path, *others: type[Exception]) -> Iterator[None]:
         raise AdoptionRefused(str(place), [f"it cannot be read: {why}"]) from error
 
 
-def files_source(table: str, rows: pl.LazyFrame) -> Source:
-    """Return the rows of files as a source."""
+def files_source(table: str, *groups: pl.LazyFrame) -> Source:
+    """Return the rows of files as a source; files that have not the same columns and types are in different groups."""
+    import polars as pl
+
+    held = [rows.collect_schema().names() for rows in groups]
 
     def frames(names: Sequence[str]) -> Iterator[pl.DataFrame]:
-        yield from rows.select(names).collect_batches(chunk_size=BATCH_ROWS)
+        for rows, there in zip(groups, held, strict=True):
+            lacking = [pl.lit(None).alias(name) for name in names if name not in there]
+            yield from rows.with_columns(lacking).select(names).collect_batches(chunk_size=BATCH_ROWS)
 
-    return Source(table, rows.collect_schema().names(), frames)
+    return Source(table, list(dict.fromkeys(itertools.chain(*held))), frames)
 
 
 def stem(path: str) -> pl.Expr:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from marketsync.errors import ForeignTable, StoreError
 from marketsync.schema import INGESTED_COLUMN, SEGMENT_COLUMN, ColumnType, Period, Schema
@@ -54,7 +55,7 @@ _ATTEMPTS = 20
 
 _LOCK = "_marketsync.lock"
 _MARKER = "marketsync.marker"
-_DATASET = "marketsync.dataset"  # earlier tables do not say it
+_DATASET = "marketsync.dataset"  # earlier tables do not say it before they are made sure of
 _SCHEMA = "marketsync.schema"
 
 _DELTA_TYPES = {
@@ -89,7 +90,7 @@ class DeltaStore:
     def ensure(self, dataset: str, schema: Schema) -> str:
         evolution.check(dataset, schema)
         table = self._open(dataset)
-        if table is None or _stored(table, dataset) != schema:
+        if table is None or _stored(table, dataset) != schema or not _is_told(table):
             folder = made(self._folder(dataset))
             with self._locked(dataset):
                 table = self._open(dataset, writing=True)
@@ -211,7 +212,6 @@ class DeltaStore:
     def adopt(self, dataset: str, schema: Schema, wish: Wish) -> Adoption:
         """Copy a Delta table into one of ours (see `storage/adoption.py`): ours is cut by period, with files that have
         our columns only, so that a change can rewrite a few of them."""
-        import polars as pl
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
@@ -229,7 +229,7 @@ class DeltaStore:
                 dataset,
                 schema,
                 wish,
-                copies.files_source(str(place), pl.scan_delta(str(place))),
+                copies.files_source(str(place), _foreign(place)),
                 self.capabilities,
                 lambda frames: copies.exchanged(
                     self._root,
@@ -329,7 +329,7 @@ class DeltaStore:
 
     def _evolve(self, dataset: str, table: deltalake.DeltaTable, schema: Schema) -> None:
         stored = _stored(table, dataset)
-        if stored == schema:
+        if stored == schema and _is_told(table):
             return
         evolution.added(dataset, stored, schema)
         # two commits; after a crash between them the columns are there and the property is not, so look at both
@@ -337,7 +337,8 @@ class DeltaStore:
         new = [column for column in _delta_schema(schema).fields if column.name not in there]
         if new:
             table.alter.add_columns(new)
-        table.alter.set_table_properties({_SCHEMA: evolution.to_text(schema)}, raise_if_not_exists=False)
+        properties = {_DATASET: dataset, _SCHEMA: evolution.to_text(schema)}
+        table.alter.set_table_properties(properties, raise_if_not_exists=False)
 
     def _commit(
         self,
@@ -429,6 +430,28 @@ def open_url(url: str, name: str) -> DeltaStore:
     return DeltaStore(url, name)
 
 
+def _foreign(place: Path) -> pl.LazyFrame:
+    """Return the rows of a table that another program made, of any version that polars can read."""
+    import polars as pl
+    from deltalake import DeltaTable
+
+    class Table(DeltaTable):
+        """polars takes for paths what deltalake says: of a file with the folder as in a URL (`a%20b`), and of a list of
+        deleted rows with all of the file as in a URL, where it would not find the list."""
+
+        def file_uris(self, *args: Any, **options: Any) -> list[str]:
+            root = urlsplit(self.table_uri).path
+            found = super().file_uris(*args, **options)
+            return [f"{unquote(root)}{each.removeprefix(root)}" if each.startswith(root) else each for each in found]
+
+        def deletion_vectors(self) -> Any:
+            found = pl.DataFrame(super().deletion_vectors())
+            files = [unquote(urlsplit(each).path) for each in found["filepath"]]
+            return found.with_columns(pl.Series("filepath", files, pl.String()))
+
+    return pl.scan_delta(Table(place))
+
+
 def _entry(folder: Path, version: int) -> Path:
     return folder / "_delta_log" / f"{version:020d}.json"
 
@@ -452,6 +475,10 @@ def _property(table: deltalake.DeltaTable, dataset: str, key: str) -> str:
             f"{adoption.remedy(dataset)}; or move it elsewhere, and {dataset} will be made and filled"
         )
     return value
+
+
+def _is_told(table: deltalake.DeltaTable) -> bool:
+    return _DATASET in table.metadata().configuration
 
 
 def _stored(table: deltalake.DeltaTable, dataset: str) -> Schema:

@@ -237,23 +237,31 @@ class ParquetStore:
             if self._open(dataset) is not None:
                 return copies.already(self, dataset, schema, wish, str(self._folder(dataset)))
         place, files = copies.found(self._root, dataset, wish, ".parquet")
-        hive = {part.partition("=")[0] for file in files for part in file.relative_to(place).parts[:-1] if "=" in part}
         parts = [f"{_OURS}/{dataset}", "/".join(location.split(dataset))]
-        with copies.reading(place):
-            rows = pl.scan_parquet(
+
+        def read(files: list[Path], hive: Sequence[str]) -> pl.LazyFrame:
+            return pl.scan_parquet(
                 files,
                 # what a folder's name says is text: 000001 would be the number 1
-                hive_schema=dict.fromkeys(sorted(hive), pl.String()) if hive else None,
+                hive_schema=dict.fromkeys(hive, pl.String()) if hive else None,
                 hive_partitioning=bool(hive),
                 include_file_paths=adoption.FILE_COLUMN,
-                missing_columns="insert",
                 glob=False,
             ).with_columns(copies.stem(adoption.FILE_COLUMN))
+
+        with copies.reading(place):
+            # polars takes the types of the first file for those of all, times without a zone for times with its zone
+            alike: dict[tuple[Sequence[str], frozenset[str]], list[Path]] = {}
+            for file in files:
+                folders = file.relative_to(place).parts[:-1]
+                hive = tuple(sorted({part.partition("=")[0] for part in folders if "=" in part}))
+                columns = frozenset(f"{name} {type_!r}" for name, type_ in pl.read_parquet_schema(file).items())
+                alike.setdefault((hive, columns), []).append(file)
             return copies.copied(
                 dataset,
                 schema,
                 wish,
-                copies.files_source(str(place), rows),
+                copies.files_source(str(place), *(read(some, hive) for (hive, _), some in alike.items())),
                 self.capabilities,
                 lambda frames: copies.exchanged(
                     self._root, dataset, schema, place, lambda at: ParquetStore(f"parquet://{at}", ""), parts, frames

@@ -24,7 +24,7 @@ import storage.adoption_copies
 from marketsync.errors import AdoptionRefused, ForeignTable, NoTable, SchemaError, StoreError
 from marketsync.schema import Column, ColumnType, Period, Schema
 from storage.adoption import Wish
-from storage.protocol import Filter, Mode
+from storage.protocol import Filter, Mode, Written
 from storage.registry import open_store
 
 SHAPE = Schema(
@@ -252,6 +252,18 @@ def test_days_become_the_midnights_of_a_zone(adopting, dataset):
     store.close()
 
 
+def test_rows_from_before_1970_are_counted_on_their_own_days(adopting, dataset):
+    closes = [datetime(1969, 12, day, 21) for day in (30, 31)]  # noqa: DTZ001 - as the user has them
+    types = {**WHOLE, "ts": "naive"} if adopting.scheme == "mysql" else WHOLE  # whose instants begin in 1970
+    made_by_hand.make(adopting, dataset, types, [("IBM", at, 1.5, 10) for at in closes])
+    store = adopting.open()
+    days = [datetime(1969, 12, day, tzinfo=UTC) for day in (30, 31)]
+    for _ in range(2):  # as a table of the user's, and as one of ours
+        counts = store.adopt(dataset, BARS, replace(WISH, every=timedelta(days=1))).counts
+        assert counts.sort("at").rows() == [("IBM", day, 1) for day in days]
+    store.close()
+
+
 @pytest.mark.parametrize(("type_", "value"), [("single", 0.25), ("decimal", 12.34), ("int", 7)])
 def test_a_narrower_number_becomes_as_wide_as_the_dataset_has_it(adopting, dataset, type_, value):
     made_by_hand.make(adopting, dataset, {**WHOLE, "close": type_}, [(s, at, value, v) for s, at, _, v in GOOD])
@@ -369,6 +381,24 @@ def test_each_file_of_a_symbol_can_say_whose_it_is(place_of):
         store.close()
 
 
+def test_each_file_of_a_table_is_read_with_the_types_that_it_has_itself(place_of):
+    place = place_of("parquet")
+    folder = place.folder / "made" / "bars"
+    folder.mkdir(parents=True)
+    plain = bars(("AAPL",), rows=6).select(BARS.names)
+    new_york = pl.col("ts").dt.convert_time_zone("America/New_York")
+    plain[:2].with_columns(new_york.dt.replace_time_zone(None)).write_parquet(folder / "1.parquet")
+    plain[2:4].with_columns(pl.col("volume").cast(pl.Int32)).write_parquet(folder / "2.parquet")
+    plain[4:].with_columns(new_york, pl.lit("me").alias("who")).write_parquet(folder / "3.parquet")
+    store = place.open()
+    with pytest.raises(AdoptionRefused, match=r"have no zone .* in 2 rows"):
+        store.adopt("made.bars", BARS, replace(WISH, zone=None))
+    done = store.adopt("made.bars", BARS, replace(WISH, zone="America/New_York"))
+    assert differences(store.scan("made.bars").collect(), plain, BARS.key) == []
+    assert done.extra == ["who"]
+    store.close()
+
+
 def test_a_view_a_wrong_name_and_an_index_that_is_too_strict_are_refused(place_of, dataset):
     place = place_of("postgresql")
     made_by_hand.make(place, dataset, WHOLE, GOOD, name="public.prices")
@@ -440,6 +470,8 @@ def test_a_table_whose_rows_are_not_only_those_that_are_written_is_refused(place
             "ALTER TABLE prices ENABLE ROW LEVEL SECURITY",
             LOOSE,
             "CREATE UNIQUE INDEX alike ON prices (symbol COLLATE loose, ts)",
+            "ALTER TABLE prices SET UNLOGGED",
+            "ALTER TABLE prices ADD CONSTRAINT late UNIQUE (symbol, ts) DEFERRABLE",
         ],
     )
     store: Any = place.open()
@@ -451,22 +483,39 @@ def test_a_table_whose_rows_are_not_only_those_that_are_written_is_refused(place
         remedies = [reason.rpartition(": ")[2] for reason in refused.value.reasons]
         assert [" ".join(remedy.split()[:3]) for remedy in remedies] == [
             'ALTER TABLE "public"."prices"',
+            'ALTER TABLE "public"."prices"',
             "DROP INDEX alike",
             "ALTER TABLE more",
             'ALTER TABLE "public"."prices"',
             "DROP RULE nothing",
             "DROP TRIGGER away",
+            'ALTER TABLE "public"."prices"',
         ]
-    made_by_hand.run(place, remedies)
+    made_by_hand.run(place, [*remedies, "CREATE VIEW mine AS SELECT symbol FROM prices"])
+    with pytest.raises(AdoptionRefused, match=r"(?s)nothing was changed.* used by a view .* depends on column"):
+        store.adopt(dataset, BARS, wish)
+    made_by_hand.run(place, ["DROP VIEW mine"])
     store.adopt(dataset, BARS, wish)
-    # what comes later is noticed where the server counts what it took
-    made_by_hand.run(
-        place,
-        [f"CREATE TRIGGER away BEFORE INSERT ON {dataset} FOR EACH ROW EXECUTE FUNCTION gone()"],
-    )
-    with pytest.raises(StoreError, match="took 0 of 96 rows"):
-        store.write(batch(dataset, bars(), mode=Mode.APPEND))
-    assert store.count(dataset) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("options", ["", "?partition=month"])
+def test_rows_that_a_later_trigger_leaves_out_or_changes_are_refused_by_postgresql(place_of, dataset, options):
+    place = place_of("postgresql")
+    store: Any = open_store(place.url + options)
+    store.ensure(dataset, BARS)
+    trigger = f"CREATE OR REPLACE TRIGGER mine BEFORE INSERT OR UPDATE ON {dataset} FOR EACH ROW EXECUTE FUNCTION"
+    for number, body in enumerate(("RETURN NULL;", "NEW.volume := 7; RETURN NEW;")):
+        function = f"CREATE FUNCTION f{number}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {body} END'"
+        made_by_hand.run(place, [function, f"{trigger} f{number}()"])
+        for seq, mode in enumerate(Mode, 1):
+            with pytest.raises(StoreError, match=r"as they were sent, nothing was written: .*DROP TRIGGER mine ON"):
+                store.write(batch(dataset, bars(), seq, mode=mode))
+    assert (store.count(dataset), store.committed(dataset, "lane")) == (0, 0)
+    harmless = "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NOTIFY bars; RETURN NEW; END'"
+    made_by_hand.run(place, [harmless, f"{trigger} note()"])
+    assert store.write(batch(dataset, bars(), 1, mode=Mode.APPEND)) == Written(inserted=96)
+    assert store.write(batch(dataset, bars(add=1.0), 2)) == Written(updated=96)
     store.close()
 
 

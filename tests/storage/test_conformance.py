@@ -723,6 +723,15 @@ def test_two_processes_write_their_lanes_into_one_table_or_the_second_is_told_wh
     store.close()
 
 
+def settled(store: Store, dataset: str) -> tuple[int, pl.DataFrame]:
+    """Return what is committed, and the rows that are there then: a server may still end what a dead writer sent."""
+    while True:
+        committed = store.committed(dataset, "lane")
+        found = rows_of(store, dataset, Filter(system=True))
+        if store.committed(dataset, "lane") == committed:
+            return committed, found
+
+
 def kill_and_replay(place: Place, dataset: str, seed: int) -> int:
     """Kill a writer at a random instant; check what it acknowledged; replay. Return the last acknowledged seq."""
     chance = random.Random(seed)
@@ -742,10 +751,9 @@ def kill_and_replay(place: Place, dataset: str, seed: int) -> int:
     store = place.open()
     try:
         store.ensure(dataset, BARS)
-        committed = store.committed(dataset, "lane")
+        committed, found = settled(store, dataset)
         # the batch after the last one that was acknowledged may have become durable before the process could say so
         assert committed in (acknowledged, acknowledged + 1)
-        found = rows_of(store, dataset, Filter(system=True))
         if store.capabilities.atomic:
             wanted = expected("lane", committed) if committed else bars().clear().select(WITHOUT_SYSTEM)
             assert_frame_equal(found.select(WITHOUT_SYSTEM), wanted.sort(BY_KEY))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
-from datetime import timedelta
+import zlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -11,12 +14,13 @@ import pytest
 from conftest import ROOT, python
 from deltalake import CommitProperties, DeltaTable, QueryBuilder, write_deltalake
 from polars.testing import assert_frame_equal
-from stored_frames import BARS, START, WIDE, bars, batch, hostile
+from stored_frames import BARS, START, WIDE, bars, batch, differences, hostile
 
 import storage.delta
 import storage.parts
 from marketsync.errors import StoreError
 from marketsync.schema import Column, ColumnType, Schema
+from storage.adoption import Wish
 from storage.protocol import Filter, Mode, Written
 from storage.registry import open_store
 
@@ -137,6 +141,38 @@ def test_a_table_with_features_that_hide_rows_of_its_files_is_refused(store, tmp
     DeltaTable(folder(tmp_path)).alter.add_feature(TableFeatures.DeletionVectors, True)
     with pytest.raises(StoreError, match="deletionVectors"):
         open_store(store.url).scan(BARS_NAME)
+
+
+def test_a_table_of_another_program_is_adopted_whole_wherever_it_is_and_without_the_rows_that_it_has_deleted(tmp_path):
+    place = tmp_path / "Märkte & more" / "made" / "bars"
+    theirs = bars(("BRK B",), rows=4).select(BARS.names)
+    write_deltalake(place, theirs, partition_by=["symbol"])
+    delete_by_vector(place, 1)
+    store = open_store(f"delta://{place.parents[1]}")
+    adopted = store.adopt(BARS_NAME, BARS, Wish("adopted:2026-11-21", datetime(2026, 11, 21, tzinfo=UTC)))
+    assert adopted.rows == 3
+    assert differences(store.scan(BARS_NAME).collect(), theirs[[0, 2, 3]], BARS.key) == []
+
+
+def delete_by_vector(place: Path, row: int) -> None:
+    """Delete a row of the table's one file as Spark does: by a list of rows beside it."""
+    first = place / "_delta_log" / f"{0:020d}.json"
+    actions = [json.loads(line) for line in first.read_text().splitlines()]
+    (added,) = (action["add"] for action in actions if "add" in action)
+    for action in actions:
+        if "protocol" in action:
+            features = ["deletionVectors"]
+            action["protocol"] = {"minReaderVersion": 3, "minWriterVersion": 7}
+            action["protocol"] |= {"readerFeatures": features, "writerFeatures": features}
+    first.write_text("\n".join(map(json.dumps, actions)))
+    bitmap = struct.pack("<IQI", 1681511377, 1, 0) + struct.pack("<IIHHIH", 12346, 1, 0, 0, 16, row)
+    file = place / "rows.bin"
+    file.write_bytes(b"\1" + struct.pack(">I", len(bitmap)) + bitmap + struct.pack(">I", zlib.crc32(bitmap)))
+    vector = {"storageType": "p", "pathOrInlineDv": file.as_uri(), "offset": 1, "sizeInBytes": len(bitmap)}
+    removed = {name: added[name] for name in ("path", "partitionValues", "size")}
+    removed |= {"deletionTimestamp": 1, "dataChange": True, "extendedFileMetadata": True}
+    changes = [{"remove": removed}, {"add": {**added, "deletionVector": {**vector, "cardinality": 1}}}]
+    (place / "_delta_log" / f"{1:020d}.json").write_text("\n".join(map(json.dumps, changes)))
 
 
 def test_equal_rows_rewrite_nothing_and_changed_rows_only_the_file_they_are_in(store, tmp_path: Path):

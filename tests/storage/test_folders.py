@@ -11,6 +11,7 @@ import filelock
 import pytest
 from stored_frames import BARS, START, bars, batch
 
+import storage.delta
 from marketsync.errors import ConfigurationError, ForeignTable, StoreError
 from storage.adoption import Wish
 from storage.protocol import Written
@@ -48,6 +49,22 @@ def test_a_folder_that_was_moved_without_its_empty_folders_is_written_and_a_copi
         assert store.marker("made.copy") != store.marker("made.bars")
         assert store.write(batch("made.copy", bars(first=500), 3)) == Written(inserted=96)
     store.close()
+
+
+def test_a_delta_table_of_an_earlier_version_learns_whose_it_is(tmp_path, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(storage.delta, "_DATASET", "marketsync.note")
+        store = open_store(f"delta://{tmp_path}")
+        marker = store.ensure("made.bars", BARS)
+        store.write(batch("made.bars", bars()))
+    store = open_store(f"delta://{tmp_path}")
+    assert store.ensure("made.bars", BARS) == marker
+    assert store.ensure("made.bars", BARS) == marker
+    assert store.info("made.bars").commits == 3
+    shutil.copytree(tmp_path / "made" / "bars", tmp_path / "made" / "copy")
+    with pytest.raises(ForeignTable, match=r"is the table of made\.bars, copied or moved"):
+        store.ensure("made.copy", BARS)
+    assert store.write(batch("made.bars", bars(), 2)) == Written(unchanged=96)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
