@@ -578,18 +578,26 @@ class Ledger:
     # ------------------------------------------------------------ stores and datasets
 
     def bind_store(
-        self, store_id: str, dataset: str, url: str, marker: str, has_rows: Callable[[], bool] = lambda: False
+        self,
+        store_id: str,
+        dataset: str,
+        url: str,
+        marker: str,
+        has_rows: Callable[[], bool] = lambda: False,
+        *,
+        older: bool = False,
     ) -> Binding:
-        """Note the table's marker. Where it is not the one known, the table was dropped, swapped or made anew: its
-        coverage is void, and what was believed to be in it is delivered (while it is in the spool), copied or asked
-        again. A table that is not known and `has_rows` is not trusted: nothing is ever appended to it unseen."""
+        """Note the table's marker. Where it is not the one known, the table was dropped, swapped or made anew, and
+        where it is `older` it lacks what it had acknowledged: its coverage is void, and what was believed to be in it
+        is delivered (while it is in the spool), copied or asked again. A table that is not known and `has_rows` is not
+        trusted: nothing is ever appended to it unseen."""
         with self._read() as connection:
-            if self._marker_in(connection, store_id, dataset) == marker:
+            if self._marker_in(connection, store_id, dataset) == marker and not older:
                 return Binding.SAME
         occupied = has_rows()
         with self._write() as connection:
             known = self._marker_in(connection, store_id, dataset)
-            if known == marker:
+            if known == marker and not older:
                 return Binding.SAME
             if known is not None:
                 connection.execute(
@@ -608,6 +616,23 @@ class Ledger:
         """Return the marker of the table that the ledger knows; None when it knows none."""
         with self._read() as connection:
             return self._marker_in(connection, store_id, dataset)
+
+    def newest_delivery(self, store_id: str, dataset: str) -> tuple[str, int] | None:
+        """Return lane and seq of the last rows that the store has acknowledged; None when it has none."""
+        with self._read() as connection:
+            row = connection.execute(
+                sa.select(_segment.c.lane, _segment.c.seq)
+                .join(_delivery, _delivery.c.segment_id == _segment.c.segment_id)
+                .where(
+                    _delivery.c.store_id == store_id,
+                    _delivery.c.state == "done",
+                    _segment.c.dataset == dataset,
+                    _segment.c.path.is_not(None),
+                )
+                .order_by(_delivery.c.at.desc(), _segment.c.seq.desc())
+                .limit(1)
+            ).first()
+        return None if row is None else (row.lane, row.seq)
 
     def _marker_in(self, connection: sa.Connection, store_id: str, dataset: str) -> str | None:
         return connection.execute(

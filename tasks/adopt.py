@@ -20,6 +20,8 @@ from marketsync.planning import EVERYTHING
 from marketsync.schema import ColumnType
 from marketsync.timing import Timing, midnight
 from storage.adoption import Adoption, Adopts, Wish
+from storage.protocol import Store
+from tasks.deliver import bind, is_known
 from tasks.inquiry import pages_of, scopes
 from tasks.judge import rows_by_day
 from tasks.workspace import Scope, Workspace
@@ -158,7 +160,7 @@ def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adop
         asked.dry,
     )
     adoption = taker.adopt(scope.dataset, scope.schema, wish)
-    known = _known(scope, store_id, adoption)
+    known = _known(scope, store_id, store, adoption)
     names = list(dict.fromkeys(subject.name for one in group for subject in one.subjects))
     belief = believed(scope, names, adoption.counts, now, spans=asked.believe_spans)
     pieces: dict[str, list[Covered]] = {}
@@ -174,7 +176,7 @@ def _adopted(workspace: Workspace, group: Sequence[Scope], asked: Asked) -> Adop
     if not asked.dry and adoption.marker is not None:
         ledger = workspace.ledger
         # keys may be anywhere in it: nothing is ever appended to it unseen
-        ledger.bind_store(store_id, scope.dataset, store.url, adoption.marker, lambda: True)
+        bind(store_id, store, scope.dataset, adoption.marker, ledger, trusted=False)
         ledger.lay(store_id, scope.dataset, scope.request_hash, pieces)
     thought = {name: [*known.get(name, ()), *pieces.get(name, ())] for name in names} if asked.dry else None
     units, requests, at_least = _owed(group, store_id, thought)
@@ -206,9 +208,9 @@ def _fineness(scope: Scope) -> timedelta | None:
     return _BUCKET if scope.spec.frequency == "minute" else _DAY
 
 
-def _known(scope: Scope, store_id: str, adoption: Adoption) -> Mapping[str, Sequence[Covered]]:
-    """Return what the ledger knows of this very table."""
-    if not adoption.already or scope.ledger.marker(store_id, scope.dataset) != adoption.marker:
+def _known(scope: Scope, store_id: str, store: Store, adoption: Adoption) -> Mapping[str, Sequence[Covered]]:
+    """Return what the ledger knows of this very table, as it is."""
+    if not adoption.already or not is_known(store_id, store, scope.dataset, scope.ledger):
         return {}
     return scope.ledger.coverage([store_id], scope.dataset, scope.request_hash)[store_id]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from marketsync.coverage import Covered, Interval, merged, minus, within
 from marketsync.definition import Dataset, request_hash
-from marketsync.errors import ConfigurationError, SchemaError, StoreError
+from marketsync.errors import ConfigurationError, ForeignTable, SchemaError, StoreError
 from marketsync.planning import EVERYTHING, instant
 from marketsync.schema import INGESTED_COLUMN, Period, Schema
 from storage import admission, evolution
 from storage.protocol import Batch, Filter, Mode, Store, Written
 from tasks.compare import Difference, compare
-from tasks.deliver import answered, begun_copies, frames, inherited
+from tasks.deliver import answered, begun_copies, bind, frames, inherited, is_known
 from tasks.workspace import Workspace, margin, told_apart
 
 if TYPE_CHECKING:
@@ -138,12 +139,11 @@ def copy(
     surveys: list[_Survey] = []
     refused: list[str] = []
     for dataset in chosen:
-        marker = target.store.marker(dataset)
-        if marker is not None and marker == source.store.marker(dataset):
-            raise ConfigurationError(f"{source.name} and {target.name} are one store: both have the same {dataset}")
         try:
+            if _is_one(source.store, target.store, dataset, dry_run=dry_run):
+                raise ConfigurationError(f"{source.name} and {target.name} are one store: both have the same {dataset}")
             surveys.append(_surveyed(source.store, target.store, dataset, span))
-        except SchemaError as error:
+        except (SchemaError, ForeignTable) as error:
             refused.append(f"{dataset} cannot be copied from {source.name} to {target.name}: {error}")
     if refused:
         others = [] if datasets or len(refused) == len(chosen) else ["Name the datasets to copy only those."]
@@ -159,6 +159,25 @@ def copy(
 
 
 # ---------------------------------------------------------------- before
+
+
+def _is_one(source: Store, target: Store, dataset: str, *, dry_run: bool) -> bool:
+    """Return whether both have the same table: a dump that was restored, or a folder that was copied, has the marker of
+    its original, too, but not what is written into that. A dry run writes nothing, and goes by the URLs."""
+    import polars as pl
+
+    marker = target.marker(dataset)
+    if marker is None or marker != source.marker(dataset) or (schema := target.schema(dataset)) is None:
+        return False
+    if source.url == target.url:
+        return True
+    if dry_run:
+        return False
+    lane = f"copy-look-{uuid.uuid4().hex}"
+    target.ensure(dataset, schema)
+    none = pl.DataFrame(schema=schema.polars(system=True))
+    target.write(Batch(dataset, schema, lane, 1, none, Mode.UPSERT))
+    return source.committed(dataset, lane) > 0
 
 
 def _surveyed(source: Store, target: Store, dataset: str, span: Filter) -> _Survey:
@@ -290,8 +309,7 @@ def _copied(
 
     dataset, store = survey.dataset, target.store
     result = Copied(dataset, survey.rows)
-    if store.schema(dataset) != survey.table:
-        store.ensure(dataset, survey.table)
+    store.ensure(dataset, survey.table)
     lease = _Coverage.begin(workspace, source, target, survey)
     chunks = _chunks(survey)
     lane, reached = _lane(store, survey)
@@ -399,13 +417,13 @@ class _Coverage:
         dataset, store, ledger = survey.dataset, target.store, workspace.ledger
         spec, hashed = _asked(workspace, dataset)
         bound = ledger.marker(target.store_id, dataset) is not None
-        known = source.store_id is not None and ledger.marker(source.store_id, dataset) == source.store.marker(dataset)
+        known = source.store_id is not None and is_known(source.store_id, source.store, dataset, ledger)
         if spec is None or not known or source.store_id is None:
             if bound:
                 ledger.distrust(target.store_id, dataset)
             return None
         marker = store.marker(dataset) or ""
-        ledger.bind_store(target.store_id, dataset, store.url, marker, lambda: store.count(dataset) > 0)
+        bind(target.store_id, store, dataset, marker, ledger)
         of_both = ledger.coverage([source.store_id, target.store_id], dataset, hashed)
         theirs, mine = of_both[source.store_id], of_both[target.store_id]
         coming = ledger.on_the_way([target.store_id], dataset)

@@ -502,14 +502,36 @@ def bounds_for(schema: Schema, interval: Interval) -> tuple[datetime | date, dat
 
 
 def check_target(target: Target, dataset: str, schema: Schema, ledger: Ledger) -> bool:
-    """Make sure the table is there and is the one the ledger knows; False when its coverage is void."""
+    """Make sure the table is there and is the one the ledger knows, as it was; False when its coverage is void."""
     try:
         marker = target.store.ensure(dataset, schema)
     except OSError as error:
         raise StoreError(f"store {target.store_id} ({target.store.url}) cannot be opened: {error}") from error
-    store = target.store
+    return bind(target.store_id, target.store, dataset, marker, ledger) is not Binding.CHANGED
+
+
+def bind(store_id: str, store: Store, dataset: str, marker: str, ledger: Ledger, *, trusted: bool = True) -> Binding:
+    """Note in the ledger which table the store has; of one that is not `trusted`, or has rows that the ledger does not
+    know, keys may be anywhere."""
     # a log is never asked for its rows, and what is appended to it is taken as it is
-    binding = ledger.bind_store(
-        target.store_id, dataset, store.url, marker, lambda: store.capabilities.table and store.count(dataset) > 0
+    return ledger.bind_store(
+        store_id,
+        dataset,
+        store.url,
+        marker,
+        lambda: not trusted or (store.capabilities.table and store.count(dataset) > 0),
+        older=_is_older(store_id, store, dataset, ledger),
     )
-    return binding is not Binding.CHANGED
+
+
+def is_known(store_id: str, store: Store, dataset: str, ledger: Ledger) -> bool:
+    """Return whether the store's table is the one that the ledger knows, and has what it acknowledged last."""
+    marker = ledger.marker(store_id, dataset)
+    return marker == store.marker(dataset) and not _is_older(store_id, store, dataset, ledger)
+
+
+def _is_older(store_id: str, store: Store, dataset: str, ledger: Ledger) -> bool:
+    """Return whether a table lacks what it acknowledged last: it was restored from a backup, or its server went over to
+    one that had not got that yet. Of a log, which may drop what is old, nobody can tell."""
+    newest = ledger.newest_delivery(store_id, dataset) if store.capabilities.table else None
+    return newest is not None and store.committed(dataset, newest[0]) < newest[1]

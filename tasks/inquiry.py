@@ -629,7 +629,7 @@ def _work_lines(scope: Scope, row: Any) -> Iterable[str]:
             f"{segment.quarantined} set aside; delivered to {where}"
         )
         if segment.quarantined:
-            yield f"  set aside rows are in {scope.workspace.state}/quarantine/{scope.dataset}/"
+            yield f"  set aside rows are in {scope.spool.quarantine(scope.dataset)}"
         for store in deliveries:
             if (file := scope.spool.aside(scope.dataset, segment.segment_id, store)).exists():
                 yield f"  what {store} alone cannot keep was set aside, in {file}"
@@ -652,7 +652,7 @@ def _why_none(
         if aside := sum(segment.quarantined for segment in segments.values()):
             return (
                 f"the provider was asked, and gave no row of {about} unless it is among the {aside:,} that were set "
-                f"aside, in {scope.workspace.state}/quarantine/{scope.dataset}/ with the reason"
+                f"aside, in {scope.spool.quarantine(scope.dataset)} with the reason"
             )
         files = [scope.spool.aside(scope.dataset, segment_id, store_id) for segment_id in segments]
         if there := [str(file) for file in files if file.exists()]:

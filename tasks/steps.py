@@ -54,7 +54,7 @@ class Prepared:
     stores: dict[str, Written] = field(default_factory=dict)
     drained: int = 0  # rows that were still in the spool
     copied: int = 0  # rows that a store got from its sibling
-    void: list[str] = field(default_factory=list)  # stores whose table is not the one we knew
+    void: list[str] = field(default_factory=list)  # stores whose table is not the one we knew, or an older state of it
     new_columns: list[str] = field(default_factory=list)
     stores_down: dict[str, str] = field(default_factory=dict)
 

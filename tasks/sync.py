@@ -467,7 +467,7 @@ def reported(workspace: Workspace, plan: str, run: RunRow, outcomes: Sequence[Ou
                     kind="void",
                     dataset=outcome.dataset,
                     message=f"the table in {', '.join(outcome.prepared.void)} is not the one known (dropped, swapped "
-                    "or made anew): it is filled again",
+                    "or made anew), or lacks what it had acknowledged (restored from a backup): it is filled again",
                 )
             )
     waits = state in (RunState.WAITING_FOR_QUOTA, RunState.WAITING_FOR_PUBLICATION)
@@ -509,10 +509,12 @@ def _set_aside(workspace: Workspace, plan: str, run: RunRow, outcome: Outcome) -
     tells that they are not there: without a calendar no row is expected."""
     scope = Scope(workspace, plan, outcome.dataset, run.run_id, run.started)
     refused = {store_id: written.refused for store_id, written in _rows_of(outcome)[1].items()}
-    unjudged = [part.store for part in outcome.judged if part.judgement is None or part.judgement.calendar is None]
+    unjudged = {
+        part.store: part for part in outcome.judged if part.judgement is None or part.judgement.calendar is None
+    }
     if rows := sum(part.counts.quarantined for part in outcome.fetched):
         yield quarantine.remark(scope, rows)
-    elif unjudged and (remark := quarantine.standing(scope)):
+    elif any(not part.log for part in unjudged.values()) and (remark := quarantine.standing(scope)):
         yield remark
     for store_id in dict.fromkeys([*refused, *unjudged]):
         if rows := refused.get(store_id, 0):

@@ -244,6 +244,41 @@ def test_symbols_and_days_bound_what_is_copied_and_what_is_there_besides_is_told
         copy(source, source)
 
 
+def test_a_backup_of_a_store_is_another_store_and_another_name_of_it_is_not(source: str, tmp_path: Path):
+    shutil.copytree(tmp_path / "source", tmp_path / "backup")
+    with closing(open_store(source)) as store:
+        store.write(batch("made.bars", bars(("D",), rows=7), 2))
+    backup, link = f"delta://{tmp_path}/backup", tmp_path / "link"
+    (dry,) = copy(source, backup, dry_run=True)
+    assert (dry.rows, dry.there) == (6_007, 6_000)
+    (done,) = copy(source, backup)
+    assert (done.inserted, done.unchanged, done.agree) == (7, 6_000, True)
+    link.symlink_to(tmp_path / "source")
+    with pytest.raises(ConfigurationError, match="are one store"):
+        copy(source, f"delta://{link}")
+
+
+def test_a_backup_of_a_table_beside_it_is_told_with_the_way_to_copy_the_others(source: str, tmp_path: Path):
+    shutil.copytree(tmp_path / "source" / "made" / "bars", tmp_path / "source" / "made" / "bars_backup")
+    target = f"delta://{tmp_path}/target"
+    with pytest.raises(
+        SchemaError, match=r"(?s)made\.bars_backup cannot be copied .*Name the datasets to copy only those"
+    ):
+        copy(source, target)
+    (done,) = copy(source, target, "made.bars")
+    assert done.agree
+
+
+def test_a_table_that_came_without_its_lanes_is_copied_into(source: str, postgres: str):
+    import psycopg
+
+    copy(source, postgres)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute("DROP TABLE made._marketsync_commits")
+    (done,) = copy(source, postgres)
+    assert (done.unchanged, done.agree) == (6_000, True)
+
+
 def test_tables_without_times_are_copied_too(tmp_path: Path):
     rows = stamped(
         pl.DataFrame({"code": ["a", "b"], "name": ["one", None], "lot": [1, 2]}, schema=INSTRUMENTS.polars())

@@ -2,7 +2,8 @@
 ship: how the run ends, what its report says, and that the next run recovers.
 
 By day the steps run in this process, over real sockets, into real stores, and one provider speaks; the slow tests are
-the same of all three, and with the real command. Which recorded error body means what is in `test_definitions.py`.
+the same of the other two, and of the first with the real command. Which recorded error body means what is in
+`test_definitions.py`.
 """
 
 from __future__ import annotations
@@ -69,13 +70,6 @@ SPEAKERS = {
 }
 
 
-@pytest.fixture(
-    params=["alpaca", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nasdaq_data_link", "tushare"))]
-)
-def speaker(request: pytest.FixtureRequest) -> Speaker:
-    return SPEAKERS[request.param]
-
-
 Run = Callable[..., Ended]
 
 
@@ -83,10 +77,30 @@ def _here(place: Place, *arguments: str) -> Ended:
     return place.sync_here(Options(retry_failed="--retry-failed" in arguments))
 
 
-@pytest.fixture(params=["here", pytest.param("process", marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def run(request: pytest.FixtureRequest) -> Run:
+SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def cases(*speakers: str) -> list[Any]:
+    """Return how each speaks: the first one also to the real command."""
+    slow = [("here", speaker) for speaker in speakers[1:]] + [("process", speakers[0])]
+    return [("here", speakers[0]), *(pytest.param(one, marks=SLOW) for one in slow)]
+
+
+@pytest.fixture(params=cases(*SPEAKERS), ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """How a plan is run, and which provider it asks."""
+    return request.param
+
+
+@pytest.fixture
+def speaker(case: tuple[str, str]) -> Speaker:
+    return SPEAKERS[case[1]]
+
+
+@pytest.fixture
+def run(case: tuple[str, str]) -> Run:
     """Run the plan of a place: in this process, or as the real command."""
-    return _here if request.param == "here" else Place.sync
+    return _here if case[0] == "here" else Place.sync
 
 
 @pytest.fixture
@@ -182,7 +196,8 @@ def test_nothing_there_is_covered_as_empty_and_not_asked_again(asking, run, spea
     assert run(made).sent == 0
 
 
-@pytest.mark.parametrize("speaker", ["alpaca", "nasdaq_data_link"], indirect=True)  # Tushare has no words for it
+# Tushare has no words for it
+@pytest.mark.parametrize("case", cases("alpaca", "nasdaq_data_link"), indirect=True, ids="-".join)
 def test_not_published_yet_is_asked_again_by_the_next_run(asking, run, speaker):
     made = asking(speaker, {"fault": "not_yet", "when": {"request": 1}})
     done = run(made)
@@ -194,7 +209,10 @@ def test_not_published_yet_is_asked_again_by_the_next_run(asking, run, speaker):
     check_recovers(made, speaker, run, speaker.requests + 1 - done.sent)
 
 
-def test_a_session_that_tushare_does_not_know_yet_is_not_published_and_one_of_long_ago_is_a_wrong_request(asking, run):
+@pytest.mark.parametrize("case", cases("tushare"), indirect=True, ids="-".join)
+def test_a_session_that_tushare_does_not_know_yet_is_not_published_and_one_of_long_ago_is_a_wrong_request(
+    asking, run, speaker
+):
     """A day's file is looked for; not found means that it is late while it may be, and after that that it is not."""
     today = datetime.now(UTC).date()
     days = pl.date_range(today - timedelta(days=40), today - timedelta(days=2), eager=True)
@@ -203,7 +221,6 @@ def test_a_session_that_tushare_does_not_know_yet_is_not_published_and_one_of_lo
         *(pl.lit(10.0).alias(price) for price in ("open", "high", "low", "close")), pl.lit(100).alias("volume")
     )
     late, old = days[-1], days[0]
-    speaker = SPEAKERS["tushare"]
     made = asking(
         speaker,
         {"fault": "not_yet", "when": {"match": {"body": f"{late:%Y%m%d}"}}},
@@ -246,7 +263,8 @@ def test_what_one_answer_cannot_hold_is_asked_for_in_halves_and_nothing_is_cut_o
 # ---------------------------------------------------------------- limits
 
 
-@pytest.mark.parametrize("speaker", ["alpaca", "nasdaq_data_link"], indirect=True)  # Tushare always means a minute
+# Tushare always means a minute
+@pytest.mark.parametrize("case", cases("alpaca", "nasdaq_data_link"), indirect=True, ids="-".join)
 def test_too_frequent_is_waited_for_as_long_as_the_provider_says(asking, run, speaker):
     made = asking(speaker, {"fault": "too_frequent", "when": {"request": 2}, "wait": 1, "retry_after": True})
     done = run(made)

@@ -13,6 +13,7 @@ from polars.testing import assert_frame_equal
 from synced_place import Place
 
 from marketsync import copy, explain, follow, open_store, query, status, stores
+from marketsync.configuration import shipped_definitions
 from marketsync.errors import CapabilityError, ConfigurationError
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +32,7 @@ def log(request: pytest.FixtureRequest) -> str:
 
 
 def said(place: Place, *arguments: str, code: int = 0) -> str:
-    ended = subprocess.run(
-        place.command(*arguments), cwd=place.folder, capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = place.typed(*arguments)
     assert ended.returncode == code, ended.stdout + ended.stderr
     return ended.stdout or ended.stderr
 
@@ -122,3 +121,16 @@ def test_a_log_that_is_asked_as_a_table_is_a_wrong_command(place, log: str):
     said(here, "sync")
     for asked in (["query", "SELECT 1", "--store", "queue"], ["export", BARS, "bars.csv", "--store", "queue"]):
         assert "is followed (`marketsync follow queue DATASET`" in said(here, *asked, code=2)
+
+
+def test_rows_that_were_set_aside_are_told_once_where_a_calendar_misses_them(place, log: str):
+    here: Place = place()
+    shipped = shipped_definitions()["alpaca"].read_text(encoding="utf-8")
+    damaged = shipped.replace("n: {as: trades, type: i64,", "n: {as: trades, type: bool,")
+    stores = {"queue": log, "default": "delta://./data"}
+    here.write({**PLAN, "stores": list(stores)}, stores=stores, definition=damaged)
+    first, again = here.sync_here(), here.sync_here()
+    assert "124 rows were set aside" in first.words
+    assert (again.code, "set aside" in again.words) == (3, False), again.words
+    (default,) = [one for one in again.report["datasets"] if one["store"] == "default"]
+    assert "set aside" in default["judgement"]["holes"][0]["reason"]
