@@ -58,6 +58,7 @@ Gate = Callable[[Sequence[Batch]], Gated]
 class _Open:
     """What is gathered for the next segment."""
 
+    number: int = 1
     pages: list[PageRows] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
@@ -106,8 +107,8 @@ class SegmentWriter:
         self._distrusted = False
         self._changed = threading.Condition()
         self._over = False
-        self._flushes = 0
-        self._sealing = False
+        self._done = 0  # the number of the last that was gathered and is durable
+        self._wanted = 0  # the highest number that somebody waits for
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -177,9 +178,11 @@ class SegmentWriter:
             self._seal_open()
             return
         with self._changed:
-            self._flushes += 1
+            # What others gather in the meantime is not waited for: it may be long until they want it sealed.
+            mine = self._open.number if self._open.pages else self._open.number - 1
+            self._wanted = max(self._wanted, mine)
             self._changed.notify_all()
-            while (self._open.pages or self._sealing) and self._failure is None:
+            while self._done < mine and self._failure is None:
                 self._changed.wait(0.2)
             self._raise_failure()
 
@@ -202,32 +205,22 @@ class SegmentWriter:
         try:
             while True:
                 with self._changed:
-                    while not (self._over or self._full() or (self._flushes and self._open.pages)):
-                        if self._flushes and not self._open.pages:
-                            self._flushes = 0
-                            self._changed.notify_all()
+                    while not (self._over or self._full() or self._wanted >= self._open.number):
                         self._changed.wait(min(1.0, self._segmenting.seconds))
                     if self._over and not self._open.pages:
                         return
-                    self._sealing = True
-                    heard = self._flushes
                 self._seal_open()
-                with self._changed:
-                    self._sealing = False
-                    # Those that came while this was sealed have pages of their own to wait for.
-                    self._flushes -= heard
-                    self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - every fetching thread must hear of it
             with self._changed:
                 self._failure = error
-                self._sealing = False
                 self._changed.notify_all()
 
     def _seal_open(self) -> None:
         with self._changed:
-            gathered, self._open = self._open, _Open()
-        if not gathered.pages:
-            return
+            gathered = self._open
+            if not gathered.pages:
+                return
+            self._open = _Open(gathered.number + 1)
         pages = gathered.pages
         try:
             while pages:
@@ -238,6 +231,8 @@ class SegmentWriter:
                     log.warning("%s", lost)
                     self._lost.add(lost.work_id)
                     pages = [page for page in pages if page.work.work_id != lost.work_id]
+            with self._changed:
+                self._done = gathered.number
         finally:
             with self._changed:
                 self._unsealed -= gathered.requests
