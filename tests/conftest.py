@@ -16,8 +16,13 @@ from unittest import mock
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from providers import redaction
+
+# A machine that is slow for a moment is no mistake of what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:

@@ -590,7 +590,7 @@ JUNK = [
 ]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(text=st.sampled_from(WHOLE), data=st.data())
 def test_no_file_however_spoilt_makes_check_fail_otherwise_than_by_telling(text, data):
     for _ in range(data.draw(st.integers(1, 4))):
@@ -613,7 +613,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(text=st.sampled_from(WHOLE), value=VALUES, data=st.data())
 def test_any_value_in_any_place_is_either_fine_or_told_where_it_stands(text, value, data):
     whole = parse_document(text, "f").value

@@ -184,7 +184,7 @@ symbols = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(symbols=symbols, name=st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,9}", fullmatch=True))
 def test_whatever_a_symbol_looks_like_it_is_read_back_as_it_was_written(tmp_path_factory, symbols, name):
     path = tmp_path_factory.mktemp("edit") / "upstream.yml"

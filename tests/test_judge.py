@@ -495,7 +495,7 @@ def test_without_a_calendar_only_soundness_is_judged(tmp_path):
 WINDOW = [date(2025, 3, 3) + timedelta(days=n) for n in range(26)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sets(st.sampled_from(WINDOW)), st.sets(st.integers(0, 25), max_size=6), st.booleans())
 def test_every_session_gets_exactly_one_verdict(tmp_path_factory, days, edges, with_coverage):
     calendar = Calendar.of("T", [d for d in WINDOW if d.weekday() < 5], last_day=date(2025, 12, 31), closes_at=time(16))

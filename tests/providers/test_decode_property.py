@@ -109,7 +109,7 @@ ascii_only = st.booleans()
 
 
 @given(rows(), spacing, ascii_only, st.booleans())
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=75)
 def test_records(rows: list[tuple], spaced: dict, ascii_: bool, after: bool) -> None:
     envelope = {"status": "OK", "data": {"rows": written(rows), "tags": ["]", "x"]}, "next": None}
     if after:
@@ -119,13 +119,13 @@ def test_records(rows: list[tuple], spaced: dict, ascii_: bool, after: bool) -> 
 
 
 @given(rows(), spacing)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_records_that_are_the_whole_body(rows: list[tuple], spaced: dict) -> None:
     same(read(dataset(), json.dumps(written(rows), **spaced).encode()), rows)
 
 
 @given(rows(), spacing, st.permutations(RAW), st.booleans(), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_table_is_read_by_name_whatever_the_order_of_its_columns(
     rows: list[tuple], spaced: dict, order: list[str], objects: bool, names_first: bool
 ) -> None:
@@ -139,7 +139,7 @@ def test_a_table_is_read_by_name_whatever_the_order_of_its_columns(
 
 
 @given(rows(), spacing, st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_arrays_by_position_may_hold_more_than_is_named(rows: list[tuple], spaced: dict, extra: int) -> None:
     names = ["skipped", *RAW]
     items = [[{"x": 1}, *(record[name] for name in RAW), *[[]] * extra] for record in written(rows)]
@@ -148,7 +148,7 @@ def test_arrays_by_position_may_hold_more_than_is_named(rows: list[tuple], space
 
 
 @given(rows(), spacing, st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_lists_and_records_by_key(rows: list[tuple], spaced: dict, single: bool) -> None:
     keyed: dict[str, object] = {}
     if single:
@@ -165,7 +165,7 @@ def test_lists_and_records_by_key(rows: list[tuple], spaced: dict, single: bool)
 
 
 @given(rows(), spacing)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_columns_with_nulls(rows: list[tuple], spaced: dict) -> None:
     columns = {name: [record[name] for record in written(rows)] for name in RAW}
     body = json.dumps({"chart": {"result": [columns], "error": None}}, **spaced).encode()
@@ -173,7 +173,7 @@ def test_columns_with_nulls(rows: list[tuple], spaced: dict) -> None:
 
 
 @given(rows(), st.sampled_from([",", ";", "|", "\t"]), st.booleans(), st.sampled_from(["\n", "\r\n"]), st.booleans())
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=75)
 def test_csv(rows: list[tuple], delimiter: str, header: bool, line_end: str, quoted: bool) -> None:
     # an empty field is a missing value: CSV cannot tell it from an empty text
     rows = [(*row[:5], row[5] or None) for row in rows]
@@ -189,7 +189,7 @@ def test_csv(rows: list[tuple], delimiter: str, header: bool, line_end: str, quo
 
 
 @given(rows())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_numbers_written_as_text_are_the_same_numbers(rows: list[tuple]) -> None:
     def quoted(value: object) -> str | None:
         return None if value is None else repr(value)
@@ -199,7 +199,7 @@ def test_numbers_written_as_text_are_the_same_numbers(rows: list[tuple]) -> None
 
 
 @given(rows(), st.lists(st.integers(0, 11), max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packed_bodies_of_one_or_several_members(rows: list[tuple], cuts: list[int]) -> None:
     whole = json.dumps({"rows": written(rows)}).encode()
     same(read(dataset(rows="rows"), gzip.compress(whole)), rows)
@@ -215,7 +215,7 @@ junk = st.sampled_from([True, False, 2.7, 1e300, "x", [1], {"a": 1}, 10**30])
 
 
 @given(rows(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_one_bad_value_sets_aside_its_row_and_no_other(rows: list[tuple], data: st.DataObject) -> None:
     records = written(rows)
     bad = data.draw(st.sets(st.integers(0, max(0, len(rows) - 1)), max_size=3)) if rows else set()

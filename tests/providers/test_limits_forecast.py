@@ -94,7 +94,7 @@ def test_a_limit_smaller_than_one_request_is_never_done():
     assert plan_ahead([window(5, "minute")], 1, weight=6, now=NOW) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     requests=st.integers(1, 60),
     used=st.integers(0, 5),

@@ -50,7 +50,7 @@ def earliest(begun: list[list], windows: list[tuple[int, int]], now: float, weig
     return max(candidates)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     windows=windows_of_limits,
     steps=st.lists(
@@ -109,7 +109,7 @@ def worst(stamps: list[tuple[float, int]], span: float) -> int:
     return most
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     windows=windows_of_limits,
     seed=st.integers(0, 2**32),
@@ -158,7 +158,7 @@ def test_the_log_of_a_slow_server_shows_no_window_above_its_limit(windows, seed,
         assert worst(received, span_ms / 1000) <= limit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     limit=st.integers(1, 6),

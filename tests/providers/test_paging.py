@@ -180,7 +180,7 @@ def test_more_promised_without_a_token_is_an_error() -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_circle_of_tokens_is_found(lead: int, circle: int) -> None:
     cursor: dict | None = None
     for page in range(20 * (lead + circle) + 10):
@@ -195,7 +195,7 @@ def test_every_circle_of_tokens_is_found(lead: int, circle: int) -> None:
 
 
 @given(st.integers(1, 60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_distinct_tokens_are_never_taken_for_a_circle(pages: int) -> None:
     cursor: dict | None = None
     for page in range(pages):
@@ -317,7 +317,7 @@ def follow(page: dict, serve: Callable[[dict | None], tuple[int, Any]]) -> tuple
 
 
 @given(st.integers(0, 500), st.integers(1, 60), st.sampled_from(["short", "more", "count"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_offset_chains_fetch_every_row_once(total: int, size: int, rule: str) -> None:
     def serve(cursor: dict | None) -> tuple[int, Any]:
         offset = (cursor or {}).get("offset", 0)
@@ -333,7 +333,7 @@ def test_offset_chains_fetch_every_row_once(total: int, size: int, rule: str) ->
 
 
 @given(st.integers(0, 500), st.integers(1, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_token_chains_fetch_every_row_once(total: int, size: int) -> None:
     def serve(cursor: dict | None) -> tuple[int, Any]:
         offset = int((cursor or {}).get("token", 0))

@@ -39,7 +39,6 @@ LIVES = int(os.environ.get("MARKETSYNC_TEST_LIVES", "400"))  # in the slow tests
 EVERYDAY = settings(
     derandomize=True,
     database=None,
-    deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )

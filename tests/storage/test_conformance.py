@@ -876,7 +876,7 @@ def columns_of(able: Capabilities) -> dict[str, st.SearchStrategy]:
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_frame_comes_back_as_it_went_with_the_fingerprints_of_any_other_store(store: Store, data: st.DataObject):
     able = store.capabilities
     each = columns_of(able)
@@ -923,7 +923,7 @@ def steps(draw: st.DrawFn) -> list[tuple[str, str, int, int]]:
 
 
 @given(steps())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_sequence_of_writes_ends_where_a_dictionary_would(store: Store, steps: list[tuple[str, str, int, int]]):
     dataset = "any.steps"
     store.ensure(dataset, BARS)

@@ -432,7 +432,7 @@ def told(frame: pl.DataFrame) -> dict[tuple[int, str], str | None]:
         max_size=8,
     )
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_whatever_rows_hold_marks_are_where_they_begin(steps: list[tuple[str, int, list[str | None]]]):
     name = "made.notes"
     with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
@@ -478,7 +478,7 @@ def at_the_end(table: Path, model: dict[tuple[int, str], str | None]) -> None:
             assert after[0] == since
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, unique=True), min_size=2, max_size=6))
 def test_each_symbol_has_its_own_times_whichever_of_them_the_others_have(hours: list[list[int]]):
     """The files of a commit share the texts of times, and rows come in any order."""

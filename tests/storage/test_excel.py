@@ -188,7 +188,7 @@ def test_a_text_that_looks_like_an_escape_is_escaped_as_excel_does_it(tmp_path: 
     st.lists(st.integers(-62_135_596_800_000_000, 253_402_300_799_999_999), min_size=1),
     st.lists(st.text(st.sampled_from("_x0041aF\r\n\t\" \\\x01\ufffe\x7f\u0085&<]中\u2028='"), max_size=12), min_size=1),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_microsecond_and_any_text_comes_back(tmp_path_factory, instants: list[int], texts: list[str]):
     path = tmp_path_factory.mktemp("any") / "a.xlsx"
     times = pl.Series(instants).cast(MICROS)

@@ -122,7 +122,7 @@ def test_hostile_values_are_followed_as_they_were_published(format: LogPlace, da
 
 
 @given(data=st.data())
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_frame_is_followed_as_it_was_published(format: LogPlace, data: st.DataObject):
     store, name = format.log(), "any.frame"
     each = test_conformance.columns_of(store.capabilities)
