@@ -937,10 +937,11 @@ class Ledger:
             (living if alive else dead).append((row.work_id, unit_from_text(row.unit)))
         return living, dead
 
-    def _take_away(self, connection: sa.Connection, work_id: str) -> None:
+    def _take_away(self, connection: sa.Connection, work_id: str, owner: str | None = None) -> None:
+        mine = _work.c.work_id == work_id
         connection.execute(
             _work.update()
-            .where(_work.c.work_id == work_id, _work.c.state == WorkState.LEASED)
+            .where(mine if owner is None else mine & (_work.c.owner == owner), _work.c.state == WorkState.LEASED)
             .values(
                 state=WorkState.OWED.value,
                 owner=None,
@@ -1029,6 +1030,20 @@ class Ledger:
                 .where(_work.c.owner == owner, _work.c.state == WorkState.LEASED)
                 .values(lease_until=until)
             ).rowcount
+
+    def take_from_the_dead(self) -> int:
+        """Take work from workers of this host that are certainly gone; return how many units. What they left is owed as
+        before: only where others have asked for all of it meanwhile would it stay leased for good."""
+        leased = (_work.c.state == WorkState.LEASED.value) & _work.c.owner.is_not(None)
+        with self._read() as connection:
+            rows = connection.execute(sa.select(_work.c.work_id, _work.c.owner).where(leased)).all()
+        gone = {owner for owner in {row.owner for row in rows} if owner_is_dead(owner)}
+        if gone:
+            with self._write() as connection:
+                for work_id, owner in rows:
+                    if owner in gone:
+                        self._take_away(connection, work_id, owner)
+        return sum(row.owner in gone for row in rows)
 
     def give_back(self, works: Sequence[Work], owner: str) -> None:
         """Give back leased work that was not begun (or whose pages are all sealed): others may take it now."""

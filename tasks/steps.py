@@ -202,8 +202,10 @@ def fetch(task: Task, seconds: float | None = None, threaded: bool = True) -> Fe
 
 def sweep(config: str) -> int:
     """Remove segment files that every store has or of which no ledger row speaks and nobody alive will (a crash between
-    the two), and what the ledger knows of work that was done long ago; return how many files."""
+    the two), and what the ledger knows of work that was done long ago; return how many files. Work that dead workers
+    of this host have is owed again."""
     workspace = open_workspace(config)
+    workspace.ledger.take_from_the_dead()
     workspace.ledger.forget(KEEP_HISTORY)
     ledger, spool, host = workspace.ledger, workspace.spool, workspace.host
     swept = ledger.finished_files(host)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -11,7 +14,7 @@ import pytest
 from marketsync.clock import ManualClock
 from marketsync.coverage import Answer, Covered, Interval, owed
 from marketsync.errors import LeaseLost, MarketSyncError
-from marketsync.ledger import Binding, Claims, Desired, Ledger, Part, Segment, Work, WorkState
+from marketsync.ledger import Binding, Claims, Desired, Ledger, Part, Segment, Work, WorkState, this_owner
 from marketsync.planning import Unit, day_start
 from marketsync.schema import Column, ColumnType, Schema
 
@@ -125,6 +128,20 @@ def test_a_lease_that_ran_out_goes_on_elsewhere_from_its_cursor_and_who_slept_ca
     assert ledger.segment("lane-2") is None
     ledger.seal("run", B, segment(2, 7), [part(theirs, 7)], ["s"])
     assert state_of(ledger, theirs) == WorkState.SEALED
+
+
+def test_what_a_dead_worker_of_this_host_had_is_owed_and_what_others_have_is_theirs(ledger):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    gone = f"{socket.gethostname()}:{process.pid}:1:a"
+    (left,) = claim(ledger, unit(0, 10), owner=gone).work
+    ledger.seal("run", gone, segment(1, 5), [part(left, 5, WorkState.LEASED, cursor={"token": "page 2"})], ["s"])
+    (alive,) = claim(ledger, unit(10, 20), owner=this_owner()).work
+    (elsewhere,) = claim(ledger, unit(20, 30), owner=A).work
+    assert (ledger.take_from_the_dead(), ledger.take_from_the_dead()) == (1, 0)
+    assert [state_of(ledger, work) for work in (left, alive, elsewhere)] == ["owed", "leased", "leased"]
+    (again,) = claim(ledger, unit(0, 10), owner=B).work
+    assert (again.cursor, again.rows) == ({"token": "page 2"}, 5)
 
 
 def test_a_renewed_lease_does_not_run_out(ledger, clock):
