@@ -858,7 +858,7 @@ class Ledger:
                 for other_id, other in dead:
                     if other_id != work_id and _overlap(unit, other):
                         # Its worker may wake up again and must then find that it lost the unit.
-                        self._take_away(connection, other_id)
+                        self._take_away(connection, _work.c.work_id == other_id)
                 work = Work(work_id, unit, request_hash, 1, 1, None)
                 if row is not None:
                     work = replace(work, epoch=row.epoch + 1, attempt=row.attempt + 1, chain=row.epoch + 1)
@@ -937,11 +937,10 @@ class Ledger:
             (living if alive else dead).append((row.work_id, unit_from_text(row.unit)))
         return living, dead
 
-    def _take_away(self, connection: sa.Connection, work_id: str, owner: str | None = None) -> None:
-        mine = _work.c.work_id == work_id
-        connection.execute(
+    def _take_away(self, connection: sa.Connection, which: sa.ColumnElement[bool]) -> int:
+        return connection.execute(
             _work.update()
-            .where(mine if owner is None else mine & (_work.c.owner == owner), _work.c.state == WorkState.LEASED)
+            .where(which, _work.c.state == WorkState.LEASED)
             .values(
                 state=WorkState.OWED.value,
                 owner=None,
@@ -949,7 +948,7 @@ class Ledger:
                 epoch=_work.c.epoch + 1,
                 changed_at=self._clock.now(),
             )
-        )
+        ).rowcount
 
     def _chains_lost(self, connection: sa.Connection, rows: Sequence[Any], store_ids: Sequence[str]) -> set[str]:
         """Return which unfinished chains have no store that has (or will get from the spool) all their pages so far:
@@ -1034,16 +1033,13 @@ class Ledger:
     def take_from_the_dead(self) -> int:
         """Take work from workers of this host that are certainly gone; return how many units. What they left is owed as
         before: only where others have asked for all of it meanwhile would it stay leased for good."""
-        leased = (_work.c.state == WorkState.LEASED.value) & _work.c.owner.is_not(None)
+        leased = sa.select(_work.c.owner).where(_work.c.state == WorkState.LEASED.value).distinct()
         with self._read() as connection:
-            rows = connection.execute(sa.select(_work.c.work_id, _work.c.owner).where(leased)).all()
-        gone = {owner for owner in {row.owner for row in rows} if owner_is_dead(owner)}
-        if gone:
-            with self._write() as connection:
-                for work_id, owner in rows:
-                    if owner in gone:
-                        self._take_away(connection, work_id, owner)
-        return sum(row.owner in gone for row in rows)
+            gone = [owner for owner in connection.execute(leased).scalars() if owner_is_dead(owner)]
+        if not gone:
+            return 0
+        with self._write() as connection:
+            return self._take_away(connection, _work.c.owner.in_(gone))
 
     def give_back(self, works: Sequence[Work], owner: str) -> None:
         """Give back leased work that was not begun (or whose pages are all sealed): others may take it now."""
